@@ -1,0 +1,87 @@
+# The front door. Every target checks its variables before it installs, downloads or starts anything.
+#
+#   PEFT      lora | qlora                          MODEL  smollm2-135m | gpt-2 | llama-7b | org/name | a folder
+#   NGPU      number of processes                   DATA   cafe | file.jsonl
+#   STRATEGY  auto | single | zero2                 RUN    name of the run folder under runs/
+#   HOLD      merged | 4bit | adapters (serving)    DTYPE  auto | bf16 | fp32 (serving)
+#   SET       any option: SET="optim.lr=2e-4 batch.size=32"
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PEFT ?=
+MODEL ?=
+NGPU ?=
+DATA ?=
+STRATEGY ?=
+RUN ?=
+HOLD ?=
+DTYPE ?=
+SET ?=
+given = $(foreach name,$(1),$(if $($(name)),'$(name)=$($(name))'))
+TRAIN_ARGS = $(call given,PEFT MODEL NGPU DATA STRATEGY RUN) $(SET)
+SERVED = $(or $(RUN),$(notdir $(or $(MODEL),smollm2-135m))-$(or $(PEFT),lora))
+SERVE_ARGS = 'RUN=$(SERVED)' $(call given,HOLD DTYPE)
+IMAGE ?= afinar
+
+.DEFAULT_GOAL := help
+.PHONY: help setup variables train plan eval serve chat infer test test-fast check bench build shell
+
+help: ## list the targets and variables
+	@sed -n 's/^#   /  /p' Makefile; echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+
+setup: $(READY) ## create .venv from requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or newer is needed, this is $$($(PYTHON) -V); try make PYTHON=python3.11 ..." >&2; exit 2; }
+	@echo "setting up $(VENV) from requirements.lock (once) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --requirement requirements.lock
+	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+variables:
+	@$(PYTHON) -m launcher.variables $(call given,PEFT MODEL NGPU DATA STRATEGY RUN) $(SET)
+
+train: | variables setup ## fine-tune; resumes an interrupted run
+	@$(PY) -m launcher train $(TRAIN_ARGS)
+
+plan: | variables setup ## show what train would do
+	@$(PY) -m launcher plan $(TRAIN_ARGS)
+
+eval: | variables setup ## measure a finished run beside its base
+	@$(PY) -m launcher eval $(call given,PEFT MODEL RUN)
+
+serve: | variables setup ## hold a finished run in memory for clients
+	@$(PY) -m serve daemon $(SERVE_ARGS)
+
+chat: | variables setup ## talk to a run; starts its daemon if none runs
+	@$(PY) -m serve chat START=yes $(SERVE_ARGS)
+
+infer: | variables setup ## daemon and terminal together, both gone at /quit
+	@$(PY) -m serve infer $(SERVE_ARGS)
+
+test: | setup ## the whole suite
+	@$(PY) -m pytest -q
+
+test-fast: | setup ## the quick part of the suite
+	@$(PY) -m pytest -q -m "not slow"
+
+check: | setup ## lint, format and types
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+bench: | setup ## training speed on this machine
+	@$(PY) -m bench.train $(TRAIN_ARGS)
+
+build: ## build the image
+	docker build --tag $(IMAGE) .
+
+shell: ## a shell in the image, with the GPUs of the box and the runs of this folder
+	docker run --rm -it $(if $(shell command -v nvidia-smi),--gpus all) --env HUGGINGFACE_TOKEN \
+	  --volume "$(CURDIR)/runs:/home/afinar/app/runs" $(IMAGE) bash
