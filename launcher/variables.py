@@ -1,0 +1,145 @@
+"""The make variables (`PEFT=lora MODEL=smollm2-135m NGPU=2 …`): parsed and checked before anything else happens.
+
+Standard library only: `make` runs this file with the system's Python before it sets up the environment, so a mistyped
+name costs a fraction of a second and not an installation.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import UserError, nearest, run_main
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+EMBEDDED_TASK = "cafe"
+DEFAULT_PEFT = "lora"
+DEFAULT_MODEL = "smollm2-135m"
+NAMES = ("PEFT", "MODEL", "NGPU", "DATA", "STRATEGY", "RUN")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Variables:
+    """What was given on the command line; None where the variable was not set."""
+
+    peft: str | None = None
+    model: str | None = None
+    ngpu: int | None = None
+    data: str | None = None
+    strategy: str | None = None
+    run: str | None = None
+    config_file: str | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def shipped(kind: str) -> list[str]:
+    """The names of the files in `configs/<kind>/`, without their suffix."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def parse(args: list[str]) -> Variables:
+    """Read `[CONFIG.yaml] [VARIABLE=value …] [section.option=value …]`; raises `UserError` with every fault found."""
+    values: dict[str, str] = {}
+    overrides: list[str] = []
+    files: list[str] = []
+    faults: list[str] = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if not equals:
+            files.append(arg)
+        elif name in NAMES:
+            if value:
+                values[name] = value
+        elif "." in name:
+            overrides.append(arg)
+        else:
+            faults.append(f"{name}: unknown variable; {nearest(name, NAMES)} Options are written section.option=value.")
+    faults += [f"{file}: no such file; try one of configs/runs/*.yaml" for file in files if not Path(file).is_file()]
+    if len(files) > 1:
+        faults.append(f"only one configuration file can be given, not {len(files)}; try {files[0]} alone")
+    for name, check in CHECKS.items():
+        if name in values and (fault := check(values[name])):
+            faults.append(f"{name}={values[name]}: {fault}")
+    if faults:
+        raise UserError(*faults)
+    return Variables(
+        peft=values.get("PEFT"),
+        model=values.get("MODEL"),
+        ngpu=int(values["NGPU"]) if "NGPU" in values else None,
+        data=values.get("DATA"),
+        strategy=values.get("STRATEGY"),
+        run=values.get("RUN"),
+        config_file=files[0] if files else None,
+        overrides=tuple(overrides),
+    )
+
+
+def _check_peft(value: str) -> str | None:
+    methods = shipped("peft")
+    return None if value in methods else f"unknown method; {nearest(value, methods)} Try PEFT={DEFAULT_PEFT}"
+
+
+def _check_model(value: str) -> str | None:
+    names = shipped("models")
+    if value in names or Path(value, "config.json").is_file():
+        return None
+    if Path(value).is_dir():
+        return "this folder holds no model (no config.json); try a folder written by save_pretrained"
+    if value.startswith((".", "/", "~")):
+        return f"no such folder; try one of {', '.join(names)}, or a hub id such as org/name"
+    if HUB_ID.fullmatch(value):
+        return None
+    return f"unknown model; {nearest(value, names)} A hub id is written org/name; try MODEL={DEFAULT_MODEL}"
+
+
+def _check_ngpu(value: str) -> str | None:
+    return None if re.fullmatch(r"[1-9]\d{0,3}", value) else "must be a whole number of processes; try NGPU=1"
+
+
+def _check_data(value: str) -> str | None:
+    if value == EMBEDDED_TASK:
+        return None
+    path = Path(value)
+    if path.suffix != ".jsonl" and not path.exists():
+        return f"unknown data; {nearest(value, [EMBEDDED_TASK])} Try DATA={EMBEDDED_TASK} or a .jsonl file"
+    if not path.is_file():
+        return f"no such file; {_nearest_file(path)}"
+    return None if path.suffix == ".jsonl" else f"not a .jsonl file; try DATA={EMBEDDED_TASK} or a .jsonl file"
+
+
+def _nearest_file(path: Path) -> str:
+    beside = sorted(p.name for p in path.parent.glob("*.jsonl")) if path.parent.is_dir() else []
+    hint = nearest(path.name, beside) + " " if beside else ""
+    return f"{hint}try DATA={EMBEDDED_TASK}, or the path of a .jsonl file"
+
+
+def _check_strategy(value: str) -> str | None:
+    strategies = ["auto", *shipped("strategy")]
+    return None if value in strategies else f"unknown strategy; {nearest(value, strategies)} Try STRATEGY=auto"
+
+
+def _check_run(value: str) -> str | None:
+    if re.fullmatch(r"[\w./~ -]+", value) and not value.startswith("-"):
+        return None
+    return "a run is a folder name of letters, digits, . _ and -; try RUN=my-run"
+
+
+CHECKS = {
+    "PEFT": _check_peft,
+    "MODEL": _check_model,
+    "NGPU": _check_ngpu,
+    "DATA": _check_data,
+    "STRATEGY": _check_strategy,
+    "RUN": _check_run,
+}
+
+
+def main(args: list[str]) -> int:
+    """Check only; prints nothing when all is well."""
+    parse(args)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,18 @@
+"""Run commands as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher.variables import ROOT
+
+
+def run_python(
+    *args: str, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGS`, from the repository unless told otherwise, with nothing to read on stdin."""
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+        capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip

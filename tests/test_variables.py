@@ -1,0 +1,73 @@
+"""Bad input: exit 2, one line with the nearest valid name, quickly, with nothing heavy imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launcher.errors import UserError
+from launcher.variables import ROOT, parse
+from tests.running import run_python
+
+BAD = {
+    "PEFT=lorra": "did you mean lora?",
+    "MODEL=llama7b": "did you mean llama-7b?",
+    "MODEL=./nowhere": "no such folder",
+    "optim.lrr=1": "did you mean optim.lr?",
+    "optim.lr=fast": "optim.lr=fast: input should be a valid number",
+    "NGPU=0": "try NGPU=1",
+    "NGPU=two": "try NGPU=1",
+    "DATA=/nope.jsonl": "try DATA=cafe",
+    "DATA=cofe": "did you mean cafe?",
+    "STRATEGY=zero": "did you mean zero2?",
+    "RUN=a;b": "try RUN=my-run",
+    "PEFTT=lora": "did you mean PEFT?",
+    "batch.size=15 NGPU=2": "try batch.size=14",
+    "PEFT=qlora NGPU=4": "make train PEFT=lora NGPU=4",
+    "MODEL=llama-7b": "export HUGGINGFACE_TOKEN",
+}
+
+
+@pytest.mark.parametrize("args", BAD)
+def test_bad_input_is_one_line_that_says_what_to_try(args):
+    # What is imported is checked in the very process: a module that is never loaded cannot be slow.
+    program = (
+        "import sys; from launcher.errors import run_main; from launcher.__main__ import main\n"
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules))\n"
+        "run_main(main)"
+    )
+    done = run_python("-c", program, "train", *args.split(), env={"HUGGINGFACE_TOKEN": "", "HF_TOKEN": ""})
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.split() == ["False", "False"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert BAD[args] in lines[0]
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(UserError) as error:
+        parse(["PEFT=lorra", "NGPU=0", "DATA=/nope.jsonl"])
+    assert len(error.value.faults) == 3
+
+
+def test_the_check_needs_nothing_but_the_standard_library():
+    # -I and -S: no site-packages, as on a machine where nothing is set up yet.
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launcher.variables import main; main(['PEFT=lora'])"
+    subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True)
+
+
+def test_make_refuses_before_it_sets_anything_up(tmp_path):
+    done = subprocess.run(
+        ["make", "train", "PEFT=lorra", f"VENV={tmp_path}/venv", f"PYTHON={sys.executable}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "did you mean lora?" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_token_is_never_shown():
+    done = run_python("-m", "launcher", "plan", "MODEL=llama-7b", env={"HUGGINGFACE_TOKEN": "hf_secret"})
+    assert done.returncode == 0, done.stderr
+    assert "hf_secret" not in done.stdout + done.stderr
