@@ -1,0 +1,173 @@
+"""Examples: read, check, tokenise, order, and pad into batches."""
+
+import functools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import cafe
+from launcher.chat import ROLES, Message, Tokenizer, render
+from launcher.config import Data
+from launcher.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HELD_OUT = 200
+MAX_FAULTS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised conversation; `trained[i]` says whether token i is predicted for the loss."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Conversations to train on and conversations to measure with."""
+
+    train: list[list[Message]]
+    held_out: list[list[Message]]
+
+
+def read(data: Data) -> Splits:
+    """The conversations of `data.source`, split; raises `UserError` with `file:line: what is wrong` for every fault."""
+    if data.source == "cafe":
+        train = [e["messages"] for e in cafe.examples("train")]
+        held_out = [e["messages"] for e in cafe.examples("held_out")]
+    else:
+        conversations = _read_jsonl(Path(data.source))
+        random.Random("split").shuffle(conversations)
+        num_held_out = min(MAX_HELD_OUT, max(1, round(len(conversations) * data.held_out)))
+        held_out, train = conversations[:num_held_out], conversations[num_held_out:]
+        if not train:
+            raise UserError(f"{data.source}: {len(conversations)} example(s) leave none to train on; add more lines")
+    return Splits(train[: data.limit], held_out)
+
+
+def _read_jsonl(path: Path) -> list[list[Message]]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; try DATA=cafe")
+    conversations: list[list[Message]] = []
+    faults: list[str] = []
+    with path.open(encoding="utf-8-sig", errors="strict") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                if fault := _check_line(line, conversations):
+                    faults.append(f"{path}:{number}: {fault}")
+        except UnicodeDecodeError:
+            faults.append(f"{path}: not UTF-8 text; save it as UTF-8")
+    if faults:
+        more = len(faults) - MAX_FAULTS_SHOWN
+        raise UserError(*faults[:MAX_FAULTS_SHOWN], *([f"… and {more} more faults in {path}"] if more > 0 else []))
+    if not conversations:
+        raise UserError(f"{path}: no examples in it; write one {{'messages': [...]}} object a line")
+    return conversations
+
+
+def _check_line(line: str, conversations: list[list[Message]]) -> str | None:
+    """Append the line's conversation, or say what is wrong with it."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({error}); write one object a line"
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or not messages:
+        return 'no "messages" list; write {"messages": [{"role": "user", "content": …}, …]}'
+    for position, message in enumerate(messages):
+        if fault := _check_message(message, messages[position - 1] if position else None):
+            return f"message {position + 1}: {fault}"
+    if messages[-1]["role"] != "assistant":
+        return "the last message must be the assistant's, it is what is learned"
+    conversations.append([{"role": m["role"], "content": m["content"]} for m in messages])
+    return None
+
+
+def _check_message(message: Any, before: Any) -> str | None:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        return f"unknown role {role!r}; choose from: {', '.join(ROLES)}"
+    if not isinstance(message.get("content"), str) or not message["content"].strip():
+        return "empty content; write some text or remove the message"
+    if before and before["role"] == message["role"]:
+        return f"two {message['role']} turns in a row; join them"
+    if before and message["role"] == "system":
+        return "a system turn must come first; move it to the top"
+    if not before and message["role"] == "assistant":
+        return "the assistant speaks first; begin with a user turn"
+    return None
+
+
+def encode(tokenizer: Tokenizer, conversations: list[list[Message]], max_length: int) -> list[Example]:
+    """Tokenise; raises `UserError` for the conversations longer than `max_length`, which are never cut silently."""
+    examples = []
+    too_long = []
+    for number, messages in enumerate(conversations, start=1):
+        rendered = render(tokenizer, messages)
+        if len(rendered.ids) > max_length:
+            too_long.append((len(rendered.ids), number))
+        examples.append(Example(rendered.ids, rendered.trained))
+    if too_long:
+        longest = max(too_long)[0]
+        raise UserError(
+            f"{len(too_long)} of {len(conversations)} examples are longer than data.max_length={max_length} "
+            f"(longest: {longest} tokens); try data.max_length={longest}, or shorten them"
+        )
+    return examples
+
+
+def order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The examples of one step: slice `step` of an endless stream of seeded permutations, one an epoch.
+
+    A pure function of its arguments: any number of processes sees the same global batches, and a resumed run goes on with
+    the very example it would have seen.
+    """
+    first = step * batch_size
+    return [
+        _permutation(num_examples, seed, position // num_examples)[position % num_examples]
+        for position in range(first, first + batch_size)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
+    indices = list(range(num_examples))
+    random.Random(f"order-{seed}-{epoch}").shuffle(indices)
+    return indices
+
+
+def micro_batches(batch: list[Example], rank: int, world: int, micro: int) -> Iterator[list[Example]]:
+    """This rank's share of a global batch, `micro` at a time. Sorted by length first, so little of a batch is padding."""
+    by_length = sorted(batch, key=lambda example: len(example.ids))
+    for first in range(rank * micro, len(by_length), world * micro):
+        yield by_length[first : first + micro]
+
+
+def num_trained(batch: list[Example]) -> int:
+    """Tokens that carry loss. The first token of a sequence is never predicted."""
+    return sum(sum(example.trained[1:]) for example in batch)
+
+
+def collate(batch: list[Example], device: "torch.device | str" = "cpu") -> dict[str, "torch.Tensor"]:
+    """Pad on the right: `input_ids` and `attention_mask` int64 [B, L], `trained` bool [B, L]."""
+    import torch
+
+    length = max(len(example.ids) for example in batch)
+    input_ids = torch.zeros(len(batch), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(batch), length, dtype=torch.long)
+    trained = torch.zeros(len(batch), length, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        n = len(example.ids)
+        input_ids[row, :n] = torch.tensor(example.ids)
+        attention_mask[row, :n] = 1
+        trained[row, :n] = torch.tensor(example.trained)
+    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "trained": trained}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
