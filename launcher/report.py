@@ -1,0 +1,86 @@
+"""What a person sees while a run goes on (rank 0 only), and metrics.jsonl and loss.png, which stay."""
+
+import json
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 15.0
+
+
+class Report:
+    """A progress bar on a terminal, a plain line now and then elsewhere; silent on every rank but the first."""
+
+    def __init__(self, run_dir: Path, num_steps: int, start: int, *, is_main: bool) -> None:
+        self.console = Console(quiet=not is_main, highlight=False)
+        self.num_steps = num_steps
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if is_main else None
+        self._last_line = time.monotonic()
+        self._step_s: deque[float] = deque(maxlen=20)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=num_steps, completed=start)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._file:
+            self._file.close()
+
+    def say(self, text: str) -> None:
+        """One plain line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        """Record one step: `loss` in nats a token, `tokens_per_s` over all processes, and whatever else was measured."""
+        if self._file:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        self._step_s.append(metrics["step_s"])
+        words = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s"
+        self._bar.update(self._task, completed=step, description=words)
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self._last_line > LINE_EVERY_S or step == self.num_steps):
+            self._last_line = now
+            left = (self.num_steps - step) * sum(self._step_s) / len(self._step_s)
+            self.say(f"step {step}/{self.num_steps}  {words}  about {left:.0f} s left")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one a step; where a resumed run did a step again, the later one."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    by_step = {record["step"]: record for record in map(json.loads, lines)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def draw_loss(run_dir: Path) -> Path:
+    """loss.png from metrics.jsonl: loss in nats a token over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_metrics(run_dir)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.name, yscale="log")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    figure.savefig(run_dir / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return run_dir / "loss.png"

@@ -1,0 +1,117 @@
+"""The run folder: the contract between training and serving.
+
+run.json            the manifest: format, state, configuration, versions, base, template, stop ids, command to repeat
+metrics.jsonl       one line a step
+adapter/            a standard PEFT folder; tokenizer/ beside it
+checkpoints/        see `checkpoint`
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Config, default_run_dir
+from launcher.errors import UserError
+from launcher.variables import DEFAULT_MODEL, DEFAULT_PEFT
+
+FORMAT = 1
+MANIFEST = "run.json"
+# A run may go on with these changed: they do not change what is learned.
+FREE = ("batch.micro", "parallel.strategy", "run.dir", "run.checkpoint_every", "run.keep")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temporary name, fsync, rename: a reader sees the old file or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
+    """Write `run.json`."""
+    write_atomically(run_dir / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """Read `run.json`; raises `UserError` where there is none or it is not ours."""
+    path = run_dir / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{run_dir}: not a run (no {MANIFEST}); {_runs_hint(run_dir)}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: damaged; remove {run_dir} and train again") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}; train again")
+    return manifest
+
+
+def read_finished(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a finished run; raises `UserError` otherwise."""
+    manifest = read_manifest(run_dir)
+    if manifest["state"] != "finished":
+        raise UserError(f"{run_dir} is not finished ({manifest['state']}); finish it with: {manifest['command']}")
+    return manifest
+
+
+def _runs_hint(run_dir: Path) -> str:
+    finished = sorted(p.parent.name for p in run_dir.parent.glob(f"*/{MANIFEST}")) if run_dir.parent.is_dir() else []
+    return f"try RUN={finished[0]}" if finished else "try: make train"
+
+
+def check_claim(config: Config) -> bool:
+    """Whether this configuration would resume an interrupted run; raises `UserError` if the folder is taken."""
+    run_dir = config.run_dir
+    if not run_dir.exists() or not any(p.name != "lock" for p in run_dir.iterdir()):
+        return False
+    if not (run_dir / MANIFEST).exists():
+        raise UserError(f"{run_dir} exists and is not a run; try another name: RUN={run_dir.name}-2")
+    manifest = read_manifest(run_dir)
+    if manifest["state"] == "finished":
+        raise UserError(
+            f"{run_dir} holds a finished run, which is never overwritten; "
+            f"try RUN={run_dir.name}-2, or start afresh with: rm -r {run_dir}"
+        )
+    changed = differences(manifest["config"], config.model_dump(mode="json"))
+    if changed:
+        raise UserError(
+            f"{run_dir} was interrupted with another configuration ({'; '.join(changed)}); "
+            f"resume it with: {manifest['command']}   or start another with RUN={run_dir.name}-2"
+        )
+    return True
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The options that decide what is learned and are not the same: `optim.lr was 0.001, now 0.0002`."""
+    return [
+        f"{section}.{option} was {old.get(section, {}).get(option)}, now {value}"
+        for section, values in new.items()
+        for option, value in values.items()
+        if f"{section}.{option}" not in FREE and old.get(section, {}).get(option) != value
+    ]
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for one training; raises `UserError` if another one writes into it. The kernel lets go."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{run_dir}: another training writes here now; try another RUN=") from None
+        yield
+
+
+def make_argument(run_dir: Path) -> str:
+    """How to name this run to make: nothing for the default one, else ` RUN=<name or path>`."""
+    if run_dir == Path(default_run_dir(DEFAULT_MODEL, DEFAULT_PEFT)):
+        return ""
+    return f" RUN={run_dir.name if run_dir.parent == Path('runs') else run_dir}"

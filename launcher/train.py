@@ -1,0 +1,187 @@
+"""The program every process runs: `python -m launcher.train`, or under `accelerate launch … -m launcher.train`.
+
+`train` is the whole story, top to bottom: data -> model -> prepare -> (step | checkpoint | stop?) -> measure -> save.
+"""
+
+import contextlib
+import math
+import shlex
+import signal
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from launcher import checkpoint, data, outcome, rundir
+from launcher.catalogue import card
+from launcher.config import Config, load
+from launcher.errors import EXIT_STOPPED, run_main
+from launcher.job import Job, check_strategy, load_data, load_model, save_checkpoint, start_processes
+from launcher.report import Report
+from launcher.variables import parse
+from launcher.weights import fetch
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; the loop stops at the next step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def _set(self, *_: Any) -> None:
+        self.is_set = True
+
+
+def main(args: list[str]) -> int:
+    """Train the configuration that `args` describe (see `variables.parse`); returns the exit code."""
+    config = load(parse(args))
+    accelerator = start_processes(config)
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            rundir.check_claim(config)
+            stack.enter_context(rundir.locked(config.run_dir))
+        accelerator.wait_for_everyone()
+        return train(config, accelerator, shlex.join(["python", "-m", "launcher.train", *args]))
+
+
+def train(config: Config, accelerator: Accelerator, command: str) -> int:
+    """One run from its configuration to a verified adapter; returns the exit code."""
+    started = time.monotonic()
+    stop = StopFlag()
+    with accelerator.main_process_first():
+        weights = fetch(card(config.model.name), config.model.revision)
+    job = load_data(config, accelerator, weights)
+    load_model(job)
+    check_strategy(job)
+    step = resume(job)
+    manifest = outcome.describe(job, command)
+    if accelerator.is_main_process:
+        rundir.write_manifest(config.run_dir, manifest)
+    with Report(config.run_dir, job.steps, step, is_main=accelerator.is_main_process) as report:
+        outcome.announce(job, report, step)
+        while step < job.steps:
+            metrics = train_step(job, step)
+            step += 1
+            report.step(step, metrics)
+            stopping = is_stop_agreed(job, stop)
+            if stopping or (step % config.run.checkpoint_every == 0 and step < job.steps):
+                save_checkpoint(job, step)
+            if stopping:
+                return end_stopped(job, manifest, report, step)
+    held_out = held_out_loss(job)
+    outcome.save_adapter(job)
+    if accelerator.is_main_process:
+        outcome.finish(job, manifest, {"held_out_loss": held_out, "wall_s": round(time.monotonic() - started, 1)})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
+
+
+def resume(job: Job) -> int:
+    """Load the newest checkpoint that verifies; the number of steps already done, 0 for a fresh run."""
+    found, passed_over = checkpoint.newest(job.config.run_dir)
+    for line in passed_over:
+        job.accelerator.print(line)
+    if found is None:
+        return 0
+    if job.is_sharded:
+        # DeepSpeed makes its optimizer states at the first step: take one without a gradient, then fill them.
+        run_batch(job, job.train[: job.config.batch.size], scale=0.0)
+    state = checkpoint.read(found)
+    checkpoint.put_back(state, job.parameters, job.inner_optimizer, step=found.step, sharded=job.is_sharded)
+    return found.step
+
+
+def learning_rate(config: Config, step: int, steps: int) -> float:
+    """Linear warm-up, then cosine decay to zero (arXiv:1608.03983, without restarts); a pure function of the step."""
+    warmup = math.ceil(config.optim.warmup * steps)
+    if step < warmup:
+        return config.optim.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return config.optim.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_step(job: Job, step: int) -> dict[str, Any]:
+    """One optimizer step on the global batch of `step`.
+
+    The gradient is that of the mean over the trained tokens of the whole batch, whatever the number of processes and the
+    accumulation: both average over themselves, so each micro-batch's sum is scaled back by world x accumulation.
+    """
+    started = time.monotonic()
+    accelerator, config = job.accelerator, job.config
+    world = accelerator.num_processes
+    # A step's random numbers depend on nothing but the step, so a resumed run draws the same.
+    torch.manual_seed((config.run.seed << 32) + step * world + accelerator.process_index)
+    lr = learning_rate(config, step, job.steps)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+    batch = [job.train[i] for i in data.order(len(job.train), config.batch.size, step, config.run.seed)]
+    tokens = data.num_trained(batch)
+    scale = world * accelerator.gradient_accumulation_steps / max(1, tokens)
+    total, norm = run_batch(job, batch, scale)
+    seconds = time.monotonic() - started
+    return {
+        "loss": accelerator.reduce(total, "sum").item() / max(1, tokens),
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": sum(len(example.ids) for example in batch),
+        "trained_tokens": tokens,
+        "tokens_per_s": round(sum(len(example.ids) for example in batch) / seconds, 1),
+        "step_s": round(seconds, 3),
+    }
+
+
+def run_batch(job: Job, batch: list[data.Example], scale: float) -> tuple[torch.Tensor, float]:
+    """This process's share of one optimizer step: (its summed loss, the norm of the gradient before clipping)."""
+    accelerator = job.accelerator
+    total = torch.zeros((), device=accelerator.device)
+    norm: Any = None
+    for micro in data.micro_batches(batch, accelerator.process_index, accelerator.num_processes, job.micro):
+        with accelerator.accumulate(job.model):
+            loss = job.model(**data.collate(micro, accelerator.device))
+            accelerator.backward(loss * scale)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(job.parameters.values(), job.config.optim.clip)
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            total += loss.detach()
+    return total, float(job.model.get_global_grad_norm() if job.is_sharded else norm)
+
+
+def is_stop_agreed(job: Job, stop: StopFlag) -> bool:
+    """Whether any process was told to stop; all of them get the same answer."""
+    flag = torch.tensor(float(stop.is_set), device=job.accelerator.device)
+    return job.accelerator.reduce(flag, "sum").item() > 0
+
+
+@torch.no_grad()
+def held_out_loss(job: Job) -> float:
+    """Mean loss in nats a trained token of the held-out examples, shared out over the processes."""
+    job.model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=job.accelerator.device)
+    mine = sorted(job.held_out, key=lambda e: len(e.ids))[
+        job.accelerator.process_index :: job.accelerator.num_processes
+    ]
+    for first in range(0, len(mine), job.micro):
+        part = mine[first : first + job.micro]
+        with job.accelerator.autocast():
+            sums[0] += job.model(**data.collate(part, job.accelerator.device)).double()
+        sums[1] += data.num_trained(part)
+    sums = job.accelerator.reduce(sums, "sum")
+    return (sums[0] / sums[1]).item()
+
+
+def end_stopped(job: Job, manifest: dict[str, Any], report: Report, step: int) -> int:
+    """Leave a run that was told to stop."""
+    if job.accelerator.is_main_process:
+        rundir.write_manifest(job.config.run_dir, {**manifest, "state": "stopped"})
+    report.say(f"stopped after step {step} with a checkpoint; run the same command again to go on")
+    job.accelerator.end_training()
+    return EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    run_main(main)

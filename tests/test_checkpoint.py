@@ -1,0 +1,62 @@
+"""Checkpoints: written whole, verified before use, exact for every optimizer."""
+
+import pytest
+import torch
+
+from launcher import checkpoint
+
+
+def train(optimizer, parameters, steps, first=0):
+    for step in range(first, steps):
+        torch.manual_seed(step)
+        sum((p * torch.randn(p.shape)).pow(2).sum() for p in parameters.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fresh(kind):
+    torch.manual_seed(0)
+    parameters = {"a": torch.nn.Parameter(torch.randn(64, 80)), "b": torch.nn.Parameter(torch.randn(8))}
+    if kind == "paged_adamw":
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        return parameters, PagedAdamW32bit(parameters.values(), lr=0.1)
+    return parameters, torch.optim.AdamW(parameters.values(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw"])
+def test_a_resumed_run_is_bit_identical(kind, tmp_path):
+    parameters, optimizer = fresh(kind)
+    train(optimizer, parameters, 3)
+    state = checkpoint.gather(parameters, optimizer, sharded=False)
+    checkpoint.write(tmp_path, state, step=3, position=48, keep=2)
+    train(optimizer, parameters, 6, first=3)
+
+    again, other = fresh(kind)
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert (found.step, found.position, passed_over) == (3, 48, [])
+    checkpoint.put_back(checkpoint.read(found), again, other, step=3, sharded=False)
+    train(other, again, 6, first=3)
+    assert all(torch.equal(again[name], parameters[name]) for name in parameters)
+
+
+def test_the_newest_that_verifies_is_taken_and_the_others_named(tmp_path):
+    state = {"param/a": torch.arange(10.0)}
+    for step in (1, 2, 3, 4):
+        checkpoint.write(tmp_path, state, step=step, position=step, keep=4)
+    root = tmp_path / "checkpoints"
+    damaged = root / "step-00004" / "state.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    (root / "step-00003" / "manifest.json").write_text("{")
+    (root / "step-00009.part").mkdir()
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found.step == 2
+    assert ["step-00004" in passed_over[0], "step-00003" in passed_over[1]] == [True, True]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.write(tmp_path, {"param/a": torch.zeros(1)}, step=step, position=step, keep=2)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00002", "step-00003"]
+    assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
