@@ -102,8 +102,8 @@ TO_GO_ES, HERE_ES = (" para llevar",), ("", " para tomar aquí")
 
 
 def draw_order(rng: random.Random) -> Order:
-    """One random order of one to three lines, no item twice."""
-    num_lines = rng.choices((1, 2, 3), weights=(5, 4, 1))[0]
+    """One random order of one or two lines, no item twice."""
+    num_lines = rng.choice((1, 2))
     names = rng.sample([*DRINKS, *FOODS], num_lines)
     return {"items": [_draw_line(rng, name) for name in names], "to_go": rng.random() < 0.5}
 
@@ -114,7 +114,7 @@ def _draw_line(rng: random.Random, name: str) -> Line:
         line["size"] = rng.choice(list(SIZES_ES))
     line["qty"] = rng.choices((1, 2, 3, 4), weights=(5, 3, 2, 1))[0]
     possible = list(DRINK_EXTRAS if name in DRINKS else FOOD_EXTRAS)
-    if num_extras := rng.choices((0, 1, 2), weights=(5, 4, 1))[0]:
+    if num_extras := rng.choices((0, 1, 2), weights=(5, 4, 2))[0]:
         line["extras"] = rng.sample(possible, num_extras)
     return line
 

@@ -27,10 +27,9 @@ def main(args: list[str]) -> int:
     # Base and adapter side by side, so that the base can be measured by switching the adapter off.
     run = open_run(run_dir, "adapters", "auto")
     held_out = data.read(run.config.data).held_out
-    with torch.autocast(run.model.device.type, torch.bfloat16, enabled=run.dtype == "bf16"):
-        tuned = measure("tuned", run, held_out)
-        with run.model.disable_adapter():
-            untuned = measure("base", run, held_out)
+    tuned = measure("tuned", run, held_out)
+    with run.model.disable_adapter():
+        untuned = measure("base", run, held_out)
     results = {"run": str(run_dir), "examples": len(held_out), "base": untuned, "tuned": tuned}
     rundir.write_atomically(run_dir / "eval.json", (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
     show(results)
@@ -54,7 +53,7 @@ def measure(name: str, run: Reloaded, held_out: list[list[Message]]) -> dict[str
         "valid_json": share(map(is_json, said)) if all(map(is_json, answers)) else None,
         "samples": [
             {"asked": m[-2]["content"], "wanted": a, "answered": s}
-            for m, a, s in list(zip(held_out, answers, said, strict=True))[:10]
+            for m, a, s in list(zip(held_out, answers, said, strict=True))
         ],
     }
 

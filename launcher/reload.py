@@ -80,4 +80,8 @@ def attach_saved(base: PreTrainedModel, folder: Path, hold: Hold, dtype: torch.d
         methods.check_folder(model, folder)
         if hold == "merged":
             return model.merge_and_unload(safe_merge=True).eval()
+    # PEFT loads an adapter in fp32; beside a bf16 base that would cost two casts a layer and a token.
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
