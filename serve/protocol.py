@@ -1,0 +1,132 @@
+"""What crosses the wire: `[magic][type][request id][body]`, and nothing outside a closed set of types.
+
+Clients talk over two sockets: data (SUBMIT, CREDIT and the answers) and control (HELLO, CANCEL, PING, STATUS), so that
+a cancel never waits behind a prompt. The engine process speaks the same messages with the daemon. The body is a msgpack
+map; unknown keys are ignored, so that a newer client can say more. Every SUBMIT gets exactly one DONE or ERROR.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+MAGIC = b"CHT1"
+VERSION = 1
+NO_REQUEST = bytes(16)
+MAX_MESSAGE_BYTES = 8 * 2**20
+# Deltas that a client is sent before it must grant more; a slow reader gets longer ones, never fewer words.
+CREDIT_WINDOW = 256
+PING_SECONDS = 2.0
+MISSED_PINGS = 3
+SILENCE_SECONDS = PING_SECONDS * MISSED_PINGS
+
+
+class Kind(enum.Enum):
+    """The type byte."""
+
+    HELLO = b"H"  # client, control: which versions it speaks
+    WELCOME = b"W"  # daemon, control: who serves, once at HELLO and once more when loading is over
+    PROGRESS = b"P"  # daemon, control: how far loading is; also engine to daemon
+    READY = b"R"  # engine to daemon: what is loaded
+    SUBMIT = b"S"  # client, data: a conversation to answer; also daemon to engine
+    ACCEPTED = b"A"  # daemon, data: how many wait before this one; engine to daemon: it has a slot now
+    DELTA = b"D"  # daemon, data: the next piece of text; also engine to daemon
+    DONE = b"F"  # daemon, data: the answer is over; also engine to daemon
+    ERROR = b"E"  # daemon, both: the request is over, or the message was refused; also engine to daemon
+    CREDIT = b"C"  # client, data: that many more deltas are welcome
+    CANCEL = b"X"  # client, control: end this request; also daemon to engine
+    PING = b"?"  # client, control: I am alive
+    PONG = b"!"  # daemon, control: so am I
+    STATUS = b"T"  # client, control: what is going on; the daemon answers with the same type
+
+
+class Code(enum.StrEnum):
+    """Why a request failed. E_CONTEXT carries {have, need, max} in tokens, E_QUEUE_FULL {retry_after_ms}."""
+
+    BAD_REQUEST = "E_BAD_REQUEST"
+    UNSUPPORTED = "E_UNSUPPORTED"
+    CONTEXT = "E_CONTEXT"
+    QUEUE_FULL = "E_QUEUE_FULL"
+    CANCELLED = "E_CANCELLED"
+    DRAINING = "E_DRAINING"
+    ENGINE = "E_ENGINE"
+    INTERNAL = "E_INTERNAL"
+
+
+# The keys without which a body cannot be understood, with their types.
+REQUIRED: dict[Kind, dict[str, type]] = {
+    Kind.HELLO: {"proto": list},
+    Kind.WELCOME: {"proto": int, "epoch": str, "session": bytes, "state": str, "info": dict, "limits": dict},
+    Kind.PROGRESS: {"stage": str, "done": int, "total": int},
+    Kind.READY: {"info": dict},
+    Kind.SUBMIT: {"messages": list},
+    Kind.ACCEPTED: {"position": int},
+    Kind.DELTA: {"text": str, "tokens": int},
+    Kind.DONE: {"reason": str, "usage": dict},
+    Kind.ERROR: {"code": str, "message": str, "detail": dict},
+    Kind.CREDIT: {"count": int},
+    Kind.CANCEL: {},
+    Kind.PING: {},
+    Kind.PONG: {},
+    Kind.STATUS: {},
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message; `request` is 16 bytes, all zero where the message belongs to no request."""
+
+    kind: Kind
+    request: bytes = NO_REQUEST
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+class ProtocolError(Exception):
+    """Frames that are no message of ours; `request` is the id they carried, as far as it could be read."""
+
+    def __init__(self, code: Code, message: str, request: bytes = NO_REQUEST) -> None:
+        super().__init__(message)
+        self.code = code
+        self.request = request
+
+
+def encode(message: Message) -> list[bytes]:
+    """The four frames of a message, without a routing id."""
+    return [MAGIC, message.kind.value, message.request, msgpack.packb(message.body, use_bin_type=True)]
+
+
+def decode(frames: list[bytes]) -> Message:
+    """The message in four frames (without a routing id); raises `ProtocolError` for anything else."""
+    if len(frames) != 4 or frames[0] != MAGIC or len(frames[2]) != len(NO_REQUEST):
+        raise ProtocolError(Code.BAD_REQUEST, "not a message: expected [CHT1][type][request id of 16 bytes][body]")
+    _, type_byte, request, packed = frames
+    try:
+        kind = Kind(type_byte)
+    except ValueError:
+        raise ProtocolError(Code.UNSUPPORTED, f"unknown message type {type_byte[:8]!r}", request) from None
+    body = _unpack(packed, request)
+    for name, expected in REQUIRED[kind].items():
+        # `type(...) is` and not isinstance: True is an int for isinstance.
+        if type(body.get(name)) is not expected:
+            raise ProtocolError(Code.BAD_REQUEST, f"{kind.name}: {name} must be a {expected.__name__}", request)
+    return Message(kind, request, body)
+
+
+def error(request: bytes, code: Code, message: str, **detail: Any) -> Message:
+    """An ERROR message."""
+    return Message(Kind.ERROR, request, {"code": code.value, "message": message, "detail": detail})
+
+
+def _unpack(packed: bytes, request: bytes) -> dict[str, Any]:
+    if len(packed) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(Code.BAD_REQUEST, f"the body is larger than {MAX_MESSAGE_BYTES} bytes", request)
+    try:
+        body = msgpack.unpackb(
+            packed, raw=False, strict_map_key=True, max_array_len=10_000, max_map_len=64, max_ext_len=0
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as fault:
+        raise ProtocolError(Code.BAD_REQUEST, f"the body is not msgpack: {type(fault).__name__}", request) from None
+    if not isinstance(body, dict):
+        raise ProtocolError(Code.BAD_REQUEST, "the body is not a map", request)
+    return body

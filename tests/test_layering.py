@@ -1,0 +1,54 @@
+"""The structure holds: who may import whom, what stays free of torch, which file names are forbidden."""
+
+import ast
+import importlib.metadata
+import sys
+
+import pytest
+
+from launcher.variables import ROOT
+from tests.running import run_python
+
+TORCH_FREE = [
+    "launcher.variables", "launcher.config", "launcher.catalogue", "launcher.plan", "launcher.hardware",
+    "launcher.data", "launcher.chat", "launcher.rundir", "launcher.weights", "launcher.__main__",
+    "serve.protocol", "serve.client", "serve.terminal", "serve.daemon", "serve.slots", "serve.engine", "serve.__main__",
+]  # fmt: skip
+
+
+def imports(file):
+    """Every module a file names in an import, at any depth."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module
+
+
+def files(package):
+    return sorted((ROOT / package).glob("*.py"))
+
+
+def test_launcher_never_imports_serve():
+    assert [f.name for f in files("launcher") if any(m.split(".")[0] == "serve" for m in imports(f))] == []
+
+
+def test_one_file_of_serve_imports_launcher():
+    assert [f.name for f in files("serve") if any(m.split(".")[0] == "launcher" for m in imports(f))] == [
+        "slot_engine.py"
+    ]
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_front_doors_never_load_torch(module):
+    program = f"import sys, importlib; importlib.import_module({module!r}); print('torch' in sys.modules)"
+    done = run_python("-c", program)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_no_file_shadows_a_library():
+    installed = {name.split(".")[0] for names in importlib.metadata.packages_distributions() for name in [names]}
+    ours = {"launcher", "serve", "tests", "bench"}
+    taken = (set(sys.stdlib_module_names) | installed) - ours
+    assert [f.name for p in ("launcher", "serve") for f in files(p) if f.stem in taken and f.stem[0] != "_"] == []
