@@ -36,7 +36,7 @@ class SlotCache(Cache):
         shape = (config.num_hidden_layers, num_slots, heads, context, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.layers = []
+        self.layers: list[Any] = []
 
     def bind(self, rows: torch.Tensor, positions: torch.Tensor, length: int) -> None:
         """Where the next forward pass writes: `rows` int64 [B, 1], `positions` int64 [B, L]; it reads `length` back."""
@@ -137,7 +137,8 @@ class SlotEngine:
         if sampling.temperature == 0:
             return int(logits.argmax())
         probabilities = _truncate(logits / sampling.temperature, sampling).softmax(-1).cpu()
-        noise = torch.Generator().manual_seed((sampling.seed << 20) + int(self._position[slot]) + offset)
+        position = int(self._position[slot]) + offset
+        noise = torch.Generator().manual_seed((sampling.seed * 1_000_003 + position) % 2**63)
         return int(torch.multinomial(probabilities, 1, generator=noise))
 
 

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -73,8 +72,11 @@ def tiny_llama(tmp_path_factory) -> Path:
 
 
 def _written(family: str, tmp_path_factory) -> Path:
+    from launcher.models import quiet
+
     folder = tmp_path_factory.mktemp(f"tiny-{family}")
-    tiny_model(family).save_pretrained(folder)
+    with quiet():
+        tiny_model(family).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)

@@ -52,3 +52,10 @@ def test_no_file_shadows_a_library():
     ours = {"launcher", "serve", "tests", "bench"}
     taken = (set(sys.stdlib_module_names) | installed) - ours
     assert [f.name for p in ("launcher", "serve") for f in files(p) if f.stem in taken and f.stem[0] != "_"] == []
+
+
+def test_the_readme_lists_every_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [
+        f.name for p in ("launcher", "serve") for f in files(p) if f.name != "__init__.py" if f"{f.name} " not in readme
+    ] == []

@@ -1,0 +1,77 @@
+"""Training speed: our step beside the plain one (full logits, the model's own loss), taken in turn in one process.
+
+    make bench          python -m bench.train [VARIABLE=value …] [section.option=value …]
+
+Prints medians in real tokens a second, their ratio, and the peak memory. Times on a shared machine are noisy: read the ratio.
+"""
+
+import json
+import platform
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from launcher import data, models, train
+from launcher.catalogue import card
+from launcher.config import load
+from launcher.errors import run_main
+from launcher.job import Job, load_data, load_model, start_processes
+from launcher.variables import parse
+from launcher.weights import fetch
+
+NUM_STEPS = 9
+
+
+def plain_step(job: Job, step: int) -> None:
+    """What a textbook loop does: pad, full logits, loss over masked labels, backward, step."""
+    config = job.config
+    peft_model = job.accelerator.unwrap_model(job.model).model
+    batch = [job.train[i] for i in data.order(len(job.train), config.batch.size, step, config.run.seed)]
+    for first in range(0, len(batch), job.micro):
+        inputs = data.collate(batch[first : first + job.micro], job.accelerator.device)
+        labels = inputs["input_ids"].masked_fill(~inputs.pop("trained"), -100)
+        with job.accelerator.autocast():
+            loss = peft_model(**inputs, labels=labels).loss
+        loss.backward()
+    job.inner_optimizer.step()
+    job.inner_optimizer.zero_grad()
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds that `run` takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(args: list[str]) -> int:
+    """Measure, print one line a way and one JSON line."""
+    config = load(parse([*args, f"RUN={tempfile.gettempdir()}/bench"]))
+    job = load_data(config, start_processes(config), fetch(card(config.model.name), config.model.revision))
+    with models.quiet():
+        load_model(job)
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    for step in range(NUM_STEPS + 1):
+        batch = data.order(len(job.train), config.batch.size, step, config.run.seed)
+        tokens = sum(len(job.train[i].ids) for i in batch)
+        seconds = timed(lambda step=step: train.train_step(job, step)), timed(lambda step=step: plain_step(job, step))
+        if step:  # the first step warms up
+            for name, taken in zip(rates, seconds, strict=True):
+                rates[name].append(tokens / taken)
+    medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:6} {rate:8.1f} tokens/s (median of {NUM_STEPS} steps of {config.batch.size})")
+    print(f"ratio  {medians['ours'] / medians['plain']:8.2f}")
+    peak_gib = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    result = {"model": config.model.name, "method": config.adapter.method, **medians, "peak_gib": peak_gib, "on": where}
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,99 @@
+"""The whole path on the real small model: train, serve, ask through the client, compare with stock PEFT."""
+
+import asyncio
+
+import pytest
+import torch
+
+from launcher import cafe, models
+from launcher.weights import cache_dir
+from serve.client import Delta, connect
+from tests.running import run_python
+from tests.serve_fixtures import box  # noqa: F401
+
+NUM_PROMPTS = 20
+NUM_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def run(smollm2, tmp_path_factory):
+    """A short run: enough steps that the adapter says other things than the base."""
+    folder = tmp_path_factory.mktemp("runs") / "short"
+    done = run_python("-m", "launcher", "train", f"RUN={folder}", "optim.max_steps=8", "batch.size=8", timeout=400)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def questions():
+    return [e["messages"][:1] for e in list(cafe.examples("held_out"))[:NUM_PROMPTS]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hold", ["adapters", "merged"])
+def test_the_daemon_says_what_stock_peft_says(run, smollm2, box, hold):  # noqa: F811
+    daemon = box.start("daemon", f"RUN={run}", f"HOLD={hold}", "DTYPE=fp32", AFINAR_CACHE=str(cache_dir()))
+    ready = daemon.stdout.readline()
+    while ready and not ready.startswith("ready: "):
+        ready = daemon.stdout.readline()
+    assert ready, daemon.stderr.read()
+
+    async def ask(record, messages):
+        with await connect(record, lambda *_: None) as client:
+            pieces = [piece async for piece in client.ask(messages, max_tokens=NUM_TOKENS)]
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Delta))
+        return text, pieces[-1].usage["prompt_tokens"]
+
+    async def ask_all():
+        # All at once, so that they share the slots.
+        return await asyncio.gather(*(ask(box.record(run.name), messages) for messages in questions()))
+
+    said = asyncio.run(ask_all())
+    model, tokenizer = stock(run, smollm2, hold)
+    assert said == [stock_answer(model, tokenizer, messages) for messages in questions()]
+
+
+def stock(run, smollm2, hold):
+    """The run as anybody would load it, with nothing of ours."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with models.quiet():
+        base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(run / "adapter"))
+    return (model.merge_and_unload() if hold == "merged" else model), AutoTokenizer.from_pretrained(run / "tokenizer")
+
+
+def stock_answer(model, tokenizer, messages):
+    """Greedy `generate` on the template's own ids: (text, number of prompt tokens)."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.inference_mode():
+        out = model.generate(**ids, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
+    prompt = ids["input_ids"].shape[1]
+    return tokenizer.decode(out[0, prompt:], skip_special_tokens=True), prompt
+
+
+@pytest.mark.slow
+def test_the_client_sends_the_ids_that_were_trained(run, smollm2):
+    from transformers import AutoTokenizer
+
+    from launcher.chat import render
+    from serve.slot_engine import SlotEngine
+
+    engine = SlotEngine(run, "merged", "bf16", lambda *_: None)
+    stock_tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for example in list(cafe.examples("held_out"))[:NUM_PROMPTS]:
+        question = example["messages"][:1]
+        served = engine.prompt_ids(question)
+        written = stock_tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
+        assert served == written["input_ids"]
+        assert render(engine.tokenizer, example["messages"]).ids[: len(served)] == served
+
+
+@pytest.mark.slow
+def test_a_pipe_through_infer_answers_and_leaves_nothing_behind(run, box):  # noqa: F811
+    done = box.start("infer", f"RUN={run}", AFINAR_CACHE=str(cache_dir()))
+    out, err = done.communicate("Two lattes to go, please.", timeout=120)
+    assert done.returncode == 0, err
+    assert out.strip()
+    assert "\x1b" not in out
+    assert box.left() == set()
