@@ -212,7 +212,7 @@ def _fault(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = [*options(), *Config.model_fields]
-        return f"{path}: unknown option; {nearest(path, known)} Try `make help` for the list"
+        return f"{path}: unknown option; {nearest(path, known)} The list is in launcher/config.py"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     default = options()[path].default if path in options() else None

@@ -4,6 +4,7 @@ Standard library only, so that bad input is refused before anything is installed
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
@@ -33,8 +34,10 @@ def run_main(main: Callable[[list[str]], int]) -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+        # Every process of a training meets the same fault; the first one tells it.
+        if os.environ.get("RANK", "0") == "0":
+            for fault in error.faults:
+                print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         print("\nstopped: nothing was left half-written", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What is assembled before the loop: processes, data, model, optimizer, and the state of an earlier attempt."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,8 +117,9 @@ def make_optimizer(config: Config, trainee: Trainee) -> torch.optim.Optimizer:
     if config.optim.name == "paged_adamw":
         from bitsandbytes.optim import PagedAdamW32bit
 
-        with models.quiet():
-            return PagedAdamW32bit(parameters, **options)
+        # Said in our own words in the first lines of the run (see `plan.notes`).
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        return PagedAdamW32bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options)
 
 

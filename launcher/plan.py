@@ -116,5 +116,6 @@ def _launcher(strategy: str, world: int) -> tuple[str, ...]:
 def _environment(world: int, hardware: Hardware) -> dict[str, str]:
     env = {"OMP_NUM_THREADS": str(max(1, hardware.num_cores // world)), "TOKENIZERS_PARALLELISM": "false"}
     if not hardware.num_gpus:
-        env["DS_ACCELERATOR"] = "cpu"
+        # Passive: threads that spin while they wait bring everything on a shared processor to a crawl.
+        env |= {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}
     return env

@@ -32,6 +32,11 @@ class Reloaded:
     dtype: str
     stop_ids: tuple[int, ...]
 
+    @property
+    def module(self) -> Any:
+        """The transformers model itself, with the adapter merged into its layers or living inside them."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
 
 def open_run(run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *_: None) -> Reloaded:
     """Load a finished run. `hold` and `dtype` may be `auto`; `progress` is told (stage, done, total).

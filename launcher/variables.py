@@ -4,6 +4,7 @@ Standard library only: `make` runs this file with the system's Python before it 
 name costs a fraction of a second and not an installation.
 """
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,21 @@ def shipped(kind: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
+def option_names() -> list[str]:
+    """Every `section.option`, read from the source of `config`, which cannot be imported before it is installed."""
+    tree = ast.parse((ROOT / "launcher" / "config.py").read_text(encoding="utf-8"))
+    fields = {
+        node.name: [
+            part.target.id
+            for part in node.body
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+        ]
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+    return [f"{section}.{option}" for section in fields["Config"] for option in fields[section.capitalize()]]
+
+
 def parse(args: list[str]) -> Variables:
     """Read `[CONFIG.yaml] [VARIABLE=value …] [section.option=value …]`; raises `UserError` with every fault found."""
     values: dict[str, str] = {}
@@ -51,8 +67,10 @@ def parse(args: list[str]) -> Variables:
         elif name in NAMES:
             if value:
                 values[name] = value
-        elif "." in name:
+        elif name in (options := option_names()):
             overrides.append(arg)
+        elif "." in name:
+            faults.append(f"{name}: unknown option; {nearest(name, options)} The list is in launcher/config.py")
         else:
             faults.append(f"{name}: unknown variable; {nearest(name, NAMES)} Options are written section.option=value.")
     faults += [f"{file}: no such file; try one of configs/runs/*.yaml" for file in files if not Path(file).is_file()]

@@ -153,7 +153,8 @@ class Daemon:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=child_environment(),
+            # Threads that spin while they wait bring everything on a shared processor to a crawl.
+            env={"OMP_WAIT_POLICY": "passive", **child_environment()},
         )
 
     async def _engine_failed(self, engine: asyncio.subprocess.Process) -> EngineError:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from tokenizers.decoders import DecodeStream
 from transformers.cache_utils import Cache
 
@@ -67,8 +66,7 @@ class SlotEngine:
     def __init__(self, run: Path, hold: str, dtype: str, progress: Progress) -> None:
         loaded = open_run(run, hold, dtype, progress)
         self.tokenizer = loaded.tokenizer
-        # Through the PeftModel's own forward a static mask would be refused; its base holds the adapter's layers.
-        self.model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+        self.model = loaded.module
         context = min(CONTEXT, self.model.config.max_position_embeddings)
         kind = models.DTYPES[loaded.dtype]
         self._device = self.model.device

@@ -9,7 +9,7 @@ from launcher.config import check, load, options
 from launcher.errors import UserError
 from launcher.hardware import Hardware
 from launcher.plan import plan
-from launcher.variables import CONFIGS, ROOT, parse, shipped
+from launcher.variables import CONFIGS, ROOT, option_names, parse, shipped
 
 LAPTOP = Hardware(num_gpus=0, num_cores=2, has_bf16=True)
 
@@ -31,6 +31,10 @@ def test_shipped_methods_load(method):
 def test_shipped_cards_say_where_the_model_comes_from(name):
     known = card(name)
     assert sum(source is not None for source in (known.package, known.hub, known.folder)) == 1
+
+
+def test_the_names_that_make_checks_are_the_options():
+    assert option_names() == list(options())
 
 
 def test_every_option_is_read_somewhere():
