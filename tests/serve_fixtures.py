@@ -38,6 +38,11 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     raise AssertionError(f"{condition} stayed false for {seconds} s")
 
 
+def children(pid: int) -> list[int]:
+    """The direct children of a process."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Box:
     """A home and a runtime directory of its own (short: a socket's path is), and the daemons started in it."""
 

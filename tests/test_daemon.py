@@ -14,14 +14,10 @@ from serve import runtime
 from serve.client import Delta, Done, connect
 from serve.errors import NoDaemonError, RequestError, UserError
 from serve.protocol import CREDIT_WINDOW, MAGIC, Kind, Message, decode
-from tests.serve_fixtures import ROOT, Box, RawClient, box, text_of, wait_until
+from tests.serve_fixtures import ROOT, Box, RawClient, box, children, text_of, wait_until
 
 __all__ = ["box"]
 LONG = "uno dos tres cuatro cinco seis siete ocho nueve diez " * 4
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_idle(client: RawClient) -> bool:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from serve import runtime
-from tests.serve_fixtures import Box, Screen, box, wait_until
+from tests.serve_fixtures import Box, Screen, box, children, wait_until
 
 __all__ = ["box"]
 LEAVE = "\x04"
@@ -173,8 +173,8 @@ def test_a_dead_engine_is_exit_code_6(box: Box) -> None:
     client.stdin.write("x" * 900)
     client.stdin.close()
     client.stdout.read(1)
-    engine = subprocess.run(["pgrep", "-P", str(daemon.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(engine.stdout), signal.SIGKILL)
+    (engine,) = children(daemon.pid)
+    os.kill(engine, signal.SIGKILL)
     assert client.wait(5) == 6
 
 
