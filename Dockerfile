@@ -2,9 +2,9 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
-# make is the front door, git names the commit of a run.
+# make is the front door.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends make git bsdextrautils \
+ && apt-get install --yes --no-install-recommends make \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home afinar
 

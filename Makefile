@@ -33,7 +33,7 @@ IMAGE ?= afinar
 
 help: ## list the targets and variables
 	@sed -n 's/^#   /  /p' Makefile; echo
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## create .venv from requirements.lock
 
@@ -56,7 +56,7 @@ plan: | variables setup ## show what train would do
 	@$(PY) -m launcher plan $(TRAIN_ARGS)
 
 eval: | variables setup ## measure a finished run beside its base
-	@$(PY) -m launcher eval $(call given,PEFT MODEL RUN)
+	@$(PY) -m launcher eval $(TRAIN_ARGS)
 
 serve: | variables setup ## hold a finished run in memory for clients
 	@$(PY) -m serve daemon $(SERVE_ARGS)

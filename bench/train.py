@@ -28,9 +28,8 @@ NUM_STEPS = 9
 
 def plain_step(job: Job, step: int) -> None:
     """What a textbook loop does: pad, full logits, loss over masked labels, backward, step."""
-    config = job.config
     peft_model = job.accelerator.unwrap_model(job.model).model
-    batch = [job.train[i] for i in data.order(len(job.train), config.batch.size, step, config.run.seed)]
+    batch = train.global_batch(job, step)
     for first in range(0, len(batch), job.micro):
         inputs = data.collate(batch[first : first + job.micro], job.accelerator.device)
         labels = inputs["input_ids"].masked_fill(~inputs.pop("trained"), -100)
@@ -51,13 +50,13 @@ def timed(run: Callable[[], object]) -> float:
 def main(args: list[str]) -> int:
     """Measure, print one line a way and one JSON line."""
     config = load(parse([*args, f"RUN={tempfile.gettempdir()}/bench"]))
-    job = load_data(config, start_processes(config), fetch(card(config.model.name), config.model.revision))
+    weights = fetch(card(config.model.name), config.model.revision)
+    job = load_data(config, start_processes(config), weights, data.read(config.data))
     with models.quiet():
         load_model(job)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     for step in range(NUM_STEPS + 1):
-        batch = data.order(len(job.train), config.batch.size, step, config.run.seed)
-        tokens = sum(len(job.train[i].ids) for i in batch)
+        tokens = sum(len(example.ids) for example in train.global_batch(job, step))
         seconds = timed(lambda step=step: train.train_step(job, step)), timed(lambda step=step: plain_step(job, step))
         if step:  # the first step warms up
             for name, taken in zip(rates, seconds, strict=True):

@@ -51,8 +51,8 @@ def run_train(args: list[str]) -> int:
     """`make train`: check, plan, bring the weights here, then become the training program."""
     config, decided = make_plan(args)
     data.read(config.data)
-    rundir.check_claim(config)
-    fetch(card(config.model.name), config.model.revision)
+    if not rundir.check_claim(config):
+        fetch(card(config.model.name), config.model.revision)
     sys.stdout.flush()
     os.execvpe(decided.argv[0], decided.argv, {**os.environ, **decided.env})
 

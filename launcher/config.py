@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from launcher.errors import UserError, nearest
-from launcher.variables import CONFIGS, DEFAULT_MODEL, DEFAULT_PEFT, Variables, shipped
+from launcher.variables import CONFIGS, DEFAULT_MODEL, DEFAULT_PEFT, Variables, check_data, check_model, shipped
 
 
 class Section(BaseModel):
@@ -144,7 +144,11 @@ def load(variables: Variables) -> Config:
         _set(given, path.split("."), _parse_value(text))
     method = _method(given)
     tuned = _read_yaml(CONFIGS / "peft" / f"{method}.yaml") if method in shipped("peft") else {}
-    return check(_merge(tuned, given))
+    config = check(_merge(tuned, given))
+    named = {"model.name": check_model(config.model.name), "data.source": check_data(config.data.source)}
+    if faults := [f"{path}: {fault}" for path, fault in named.items() if fault]:
+        raise UserError(*faults)
+    return config
 
 
 def check(values: dict[str, Any]) -> Config:
@@ -152,7 +156,8 @@ def check(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*(_fault(e) for e in error.errors())) from None
+        # A union tells one fault for each of its members.
+        raise UserError(*dict.fromkeys(_fault(e) for e in error.errors())) from None
 
 
 def options() -> dict[str, Any]:
@@ -209,7 +214,7 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fault(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(str(part) for part in error["loc"][:2])
     if error["type"] == "extra_forbidden":
         known = [*options(), *Config.model_fields]
         return f"{path}: unknown option; {nearest(path, known)} The list is in launcher/config.py"
@@ -217,5 +222,7 @@ def _fault(error: Any) -> str:
         return str(error["ctx"]["error"])
     default = options()[path].default if path in options() else None
     hint = f"; try {path}={default}" if default is not None else "; try without it"
+    if len(error["loc"]) > 2:
+        return f"{path}={error['input']}: not a valid value{hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{path}={error['input']}: {message}{hint}"

@@ -1,6 +1,7 @@
 """Examples: read, check, tokenise, order, and pad into batches."""
 
 import functools
+import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -34,6 +35,18 @@ class Splits:
 
     train: list[list[Message]]
     held_out: list[list[Message]]
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of both splits: equal if and only if the same is learned and measured."""
+        return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
+
+    def require(self, fingerprint: str, source: str) -> None:
+        """Raise `UserError` if these are not the splits that a run was begun with."""
+        if self.fingerprint != fingerprint:
+            raise UserError(
+                f"data.source={source} has changed since this run began; put it back, or train another: RUN="
+            )
 
 
 def read(data: Data) -> Splits:
@@ -118,8 +131,8 @@ def encode(tokenizer: Tokenizer, conversations: list[list[Message]], max_length:
     if too_long:
         longest = max(too_long)[0]
         raise UserError(
-            f"{len(too_long)} of {len(conversations)} examples are longer than data.max_length={max_length} "
-            f"(longest: {longest} tokens); try data.max_length={longest}, or shorten them"
+            f"{len(too_long)} of {len(conversations)} examples are longer than {max_length} tokens (longest: {longest}), "
+            f"the smaller of data.max_length and the model's context; try data.max_length={longest}, or shorten them"
         )
     return examples
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from launcher import data, models, rundir
 from launcher.chat import Message, prompt_ids
 from launcher.config import load
+from launcher.errors import UserError
 from launcher.loss import Trainee
 from launcher.reload import Reloaded, open_run
 from launcher.variables import parse
@@ -23,10 +24,17 @@ MARGIN = 16
 
 def main(args: list[str]) -> int:
     """`make eval [RUN=…]`: print a table and write eval.json into the run folder."""
-    run_dir = load(parse(args)).run_dir
+    given = parse(args)
+    if given.data or given.ngpu or given.strategy or given.overrides:
+        raise UserError(
+            "an evaluation measures a run as it was trained; name it by RUN=, or by PEFT= and MODEL=, alone"
+        )
+    run_dir = load(given).run_dir
     # Base and adapter side by side, so that the base can be measured by switching the adapter off.
     run = open_run(run_dir, "adapters", "auto")
-    held_out = data.read(run.config.data).held_out
+    splits = data.read(run.config.data)
+    splits.require(run.data, run.config.data.source)
+    held_out = splits.held_out
     tuned = measure("tuned", run, held_out)
     with run.model.disable_adapter():
         untuned = measure("base", run, held_out)
@@ -66,6 +74,7 @@ def generate(run: Reloaded, prompts: list[list[int]], max_tokens: int) -> list[s
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
+    max_tokens = min(max_tokens, run.module.config.max_position_embeddings - length)
     with models.quiet():
         out = run.model.generate(
             input_ids=ids.to(run.model.device), attention_mask=mask.to(run.model.device), max_new_tokens=max_tokens,

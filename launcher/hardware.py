@@ -30,12 +30,29 @@ def _gpu_capabilities() -> list[float]:
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
-    if answer.returncode != 0:
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        found = [float(line) for line in answer.stdout.split()]
+    except (subprocess.SubprocessError, ValueError):
         return []
-    found = [float(line) for line in answer.stdout.split()]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else found[: len([part for part in visible.split(",") if part.strip()])]
+    return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def visible(found: list[float], devices: str | None) -> list[float]:
+    """Those of `found` that CUDA_VISIBLE_DEVICES leaves visible; as in CUDA, the first invalid index ends the list."""
+    if devices is None:
+        return found
+    left: list[float] = []
+    for word in devices.split(","):
+        if not word.strip():
+            break
+        if word.strip().lstrip("-").isdigit():
+            if not 0 <= int(word) < len(found):
+                break
+            left.append(found[int(word)])
+        else:
+            left.append(min(found))  # named by UUID
+    return left
 
 
 def _processor_has_bf16() -> bool:

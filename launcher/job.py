@@ -30,6 +30,7 @@ class Job:
     held_out: list[data.Example]
     micro: int
     steps: int
+    splits: data.Splits
     weights: Weights
     card: ModelCard
     model: Any = None
@@ -64,7 +65,9 @@ def start_processes(config: Config) -> Accelerator:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            _without_compiler()
+    world = world_size()
     micro, accumulation = split_batch(config, world)
     accelerator = Accelerator(
         mixed_precision="bf16" if resolve_dtype(config, detect().has_bf16) == "bf16" else "no",
@@ -79,18 +82,31 @@ def start_processes(config: Config) -> Accelerator:
     return accelerator
 
 
-def load_data(config: Config, accelerator: Accelerator, weights: Weights) -> Job:
-    """Read, check and tokenise; every process reads the same."""
+def world_size() -> int:
+    """How many processes the launcher announced."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _without_compiler() -> None:
+    """Keep DeepSpeed's gloo backend from compiling its shared-memory all-reduce: a fresh machine has no C++ compiler."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_data(config: Config, accelerator: Accelerator, weights: Weights, splits: data.Splits) -> Job:
+    """Tokenise; every process does the same."""
     known = card(config.model.name)
     tokenizer = models.load_tokenizer(weights.path, known.template)
-    splits = data.read(config.data)
-    examples = data.encode(tokenizer, splits.train, config.data.max_length)
+    longest = min(config.data.max_length, models.context_length(weights.path))
+    examples = data.encode(tokenizer, splits.train, longest)
     return Job(
         config=config,
         accelerator=accelerator,
         tokenizer=tokenizer,
         train=examples,
-        held_out=data.encode(tokenizer, splits.held_out, config.data.max_length),
+        held_out=data.encode(tokenizer, splits.held_out, longest),
+        splits=splits,
         micro=split_batch(config, accelerator.num_processes)[0],
         steps=num_steps(config, len(examples)),
         weights=weights,
@@ -126,6 +142,8 @@ def make_optimizer(config: Config, trainee: Trainee) -> torch.optim.Optimizer:
 def check_strategy(job: Job) -> None:
     """Refuse to train with another strategy than the one asked for: it must never be lost silently."""
     asked = job.config.parallel.strategy
+    if job.is_sharded and job.config.optim.name == "paged_adamw":
+        raise UserError("DeepSpeed cannot shard a paged optimizer; try PEFT=lora, or start one plain process")
     if asked not in ("auto", job.strategy):
         raise UserError(
             f"parallel.strategy={asked}, but these processes run {job.strategy}; try: accelerate launch "

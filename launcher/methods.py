@@ -5,10 +5,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.nn import Linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from launcher.config import Adapter
+from launcher.errors import UserError
 from launcher.models import quiet
 
 
@@ -17,6 +19,7 @@ def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
 
     LoRA (arXiv:2106.09685): W x + (alpha / r) B A x, with B zero at the start, so training begins at the base model.
     """
+    _require_plain_logits(base)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.r,
@@ -26,8 +29,23 @@ def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
         # GPT-2 keeps its weights transposed in Conv1D modules.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
     )
-    with quiet():
-        return get_peft_model(base, config)
+    try:
+        with quiet():
+            model = get_peft_model(base, config)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, Linear | Conv1D)})
+        reason = str(error).splitlines()[0]
+        raise UserError(f"adapter.targets: {reason}; choose from: all-linear, {', '.join(names)}") from None
+    if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
+        raise UserError("adapter.targets: the head stays frozen, the loss relies on it; try adapter.targets=all-linear")
+    return model
+
+
+def _require_plain_logits(base: PreTrainedModel) -> None:
+    """Refuse models that change the logits after the head: the loss would not be theirs."""
+    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+        if getattr(base.config, name, None) not in (None, 1):
+            raise UserError(f"this model scales its logits ({name}), which cannot be trained yet; try another MODEL")
 
 
 def check_folder(model: PeftModel, folder: Path) -> None:

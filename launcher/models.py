@@ -2,13 +2,14 @@
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from launcher.config import Quant
@@ -43,6 +44,12 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
     if not tokenizer.chat_template:
         raise UserError(f"{path}: this model has no chat template; try a chat model, or add a card in configs/models/")
     return tokenizer
+
+
+def context_length(path: Path) -> int:
+    """The most tokens a model of this folder can read."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def load_base(path: Path, dtype: str, quant: Quant, device: torch.device | str) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from launcher import data, methods, models, rundir
+from launcher import methods, models, rundir
 from launcher.chat import prompt_ids, stop_ids
 from launcher.job import Job, gather_state
 from launcher.plan import notes
@@ -49,6 +49,7 @@ def describe(job: Job, command: str) -> dict[str, Any]:
             "dtype": job.dtype,
             "quantisation": config.quant.type if config.quant.bits else None,
         },
+        "data": job.splits.fingerprint,
         "template": job.tokenizer.chat_template,
         "stop_ids": stop_ids(job.tokenizer),
         "training": {
@@ -97,8 +98,8 @@ def announce(job: Job, report: Report, step: int) -> None:
 def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
     """Mark the run finished, show one answer it can give now, and say what to do next."""
     run_dir = job.config.run_dir
-    draw_loss(run_dir)
     rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": results})
+    draw_loss(run_dir)
     question, answer = sample(job)
     name = rundir.make_argument(run_dir)
     print(f"\nheld-out loss {results['held_out_loss']:.4f} nats a token, {results['wall_s']:.0f} s in all")
@@ -109,12 +110,13 @@ def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
 @torch.no_grad()
 def sample(job: Job) -> tuple[str, str]:
     """The first held-out question and the tuned model's greedy answer to it."""
-    messages = data.read(job.config.data).held_out[0][:-1]
+    messages = job.splits.held_out[0][:-1]
     model = job.accelerator.unwrap_model(job.model).model.eval()
     ids = torch.tensor([prompt_ids(job.tokenizer, messages)], device=job.accelerator.device)
+    room = min(96, models.context_length(job.weights.path) - ids.shape[1])
     with models.quiet(), job.accelerator.autocast():
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False,
             eos_token_id=stop_ids(job.tokenizer), pad_token_id=0,
         )  # fmt: skip
     return messages[-1]["content"], job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)

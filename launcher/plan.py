@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from launcher.config import Config
 from launcher.errors import UserError
 from launcher.hardware import Hardware
-from launcher.variables import CONFIGS
+from launcher.variables import CONFIGS, one_process_only
 
 LARGEST_AUTO_MICRO = 16
 
@@ -47,11 +47,10 @@ def plan(config: Config, ngpu: int, hardware: Hardware, train_args: list[str]) -
 def choose_strategy(config: Config, ngpu: int) -> str:
     """The strategy that `auto` means for so many processes; raises `UserError` for a combination that cannot train."""
     asked = config.parallel.strategy
-    if config.adapter.method == "qlora" and (ngpu > 1 or asked not in ("auto", "single")):
-        raise UserError(
-            f"PEFT=qlora trains in one process (the 4-bit base is not sharded), not NGPU={ngpu} STRATEGY={asked}; "
-            f"try: make train PEFT=qlora NGPU=1   or: make train PEFT=lora NGPU={max(ngpu, 2)}"
-        )
+    if config.adapter.method == "qlora" and (fault := one_process_only({"NGPU": str(ngpu), "STRATEGY": asked})):
+        raise UserError(fault)
+    if config.optim.name == "paged_adamw" and (ngpu > 1 or asked not in ("auto", "single")):
+        raise UserError("optim.name=paged_adamw is for one process, its states are not sharded; try optim.name=adamw")
     if asked == "auto":
         return "single" if ngpu == 1 else "zero2"
     if asked == "single" and ngpu > 1:

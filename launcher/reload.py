@@ -15,7 +15,7 @@ from launcher.config import Config, check
 from launcher.errors import UserError
 from launcher.hardware import detect
 from launcher.models import quiet
-from launcher.weights import fetch
+from launcher.weights import fetch_again
 
 Hold = Literal["merged", "4bit", "adapters"]
 Progress = Callable[[str, int, int], None]
@@ -23,7 +23,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Reloaded:
-    """A run in memory. `model` is a `PeftModel`, or the bare merged model where `hold` is merged."""
+    """A run in memory. `model` is a `PeftModel`, or the bare merged model where `hold` is merged.
+
+    `data` is the fingerprint of what it learned from.
+    """
 
     config: Config
     tokenizer: Any
@@ -31,6 +34,7 @@ class Reloaded:
     hold: Hold
     dtype: str
     stop_ids: tuple[int, ...]
+    data: str
 
     @property
     def module(self) -> Any:
@@ -50,16 +54,13 @@ def open_run(run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *
         dtype = "bf16" if manifest["base"]["dtype"] == "bf16" and detect().has_bf16 else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     progress("fetching the base", 0, 3)
-    weights = fetch(card(config.model.name), config.model.revision)
-    if weights.revision != manifest["base"]["revision"]:
-        trained_on = manifest["base"]["revision"]
-        raise UserError(f"{run_dir} was trained on {trained_on}, the base here is {weights.revision}; train it again")
+    weights = fetch_again(card(config.model.name), manifest["base"]["revision"])
     progress("loading the base", 1, 3)
     tokenizer = models.load_tokenizer(run_dir / "tokenizer", manifest["template"])
     base = models.load_base(weights.path, dtype, config.quant, device)
     progress("merging the adapter" if form == "merged" else "attaching the adapter", 2, 3)
     model = attach_saved(base, run_dir / "adapter", form, models.DTYPES[dtype])
-    return Reloaded(config, tokenizer, model, form, dtype, tuple(manifest["stop_ids"]))
+    return Reloaded(config, tokenizer, model, form, dtype, tuple(manifest["stop_ids"]), manifest["data"])
 
 
 def choose_hold(hold: str, method: str) -> Hold:

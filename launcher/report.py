@@ -1,5 +1,6 @@
 """What a person sees while a run goes on (rank 0 only), and metrics.jsonl and loss.png, which stay."""
 
+import contextlib
 import json
 import time
 from collections import deque
@@ -20,6 +21,8 @@ class Report:
         self.console = Console(quiet=not is_main, highlight=False)
         self.num_steps = num_steps
         self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if is_main else None
+        if self._file and start:
+            self._file.write("\n")  # whatever the earlier attempt left unfinished ends here
         self._last_line = time.monotonic()
         self._step_s: deque[float] = deque(maxlen=20)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -64,8 +67,12 @@ class Report:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, one a step; where a resumed run did a step again, the later one."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    by_step = {record["step"]: record for record in map(json.loads, lines)}
+    by_step = {}
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        # A line torn by a crash is not worth a run.
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
 
 

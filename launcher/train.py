@@ -11,16 +11,16 @@ import time
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from launcher import checkpoint, data, outcome, rundir
 from launcher.catalogue import card
 from launcher.config import Config, load
-from launcher.errors import EXIT_STOPPED, run_main
-from launcher.job import Job, check_strategy, load_data, load_model, save_checkpoint, start_processes
+from launcher.errors import EXIT_STOPPED, UserError, run_main
+from launcher.job import Job, check_strategy, load_data, load_model, save_checkpoint, start_processes, world_size
+from launcher.plan import choose_strategy
 from launcher.report import Report
 from launcher.variables import parse
-from launcher.weights import fetch
+from launcher.weights import fetch, fetch_again
 
 
 class StopFlag:
@@ -37,26 +37,37 @@ class StopFlag:
 
 def main(args: list[str]) -> int:
     """Train the configuration that `args` describe (see `variables.parse`); returns the exit code."""
-    config = load(parse(args))
+    given = parse(args)
+    config = load(given)
+    if given.ngpu not in (None, world_size()):
+        raise UserError(
+            f"NGPU={given.ngpu}, but {world_size()} process(es) were started; try: make train NGPU={given.ngpu}"
+        )
+    choose_strategy(config, world_size())
+    # All that can be refused, and the download, come before the processes join: nobody waits for one that has left.
+    before = rundir.read_manifest(config.run_dir) if rundir.check_claim(config) else None
+    splits = data.read(config.data)
+    if before:
+        splits.require(before["data"], config.data.source)
+        weights = fetch_again(card(config.model.name), before["base"]["revision"])
+    else:
+        weights = fetch(card(config.model.name), config.model.revision)
     accelerator = start_processes(config)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            rundir.check_claim(config)
             stack.enter_context(rundir.locked(config.run_dir))
-        accelerator.wait_for_everyone()
-        return train(config, accelerator, shlex.join(["python", "-m", "launcher.train", *args]))
+        job = load_data(config, accelerator, weights, splits)
+        return train(job, shlex.join(["python", "-m", "launcher.train", *args]))
 
 
-def train(config: Config, accelerator: Accelerator, command: str) -> int:
-    """One run from its configuration to a verified adapter; returns the exit code."""
+def train(job: Job, command: str) -> int:
+    """One run from its data to a verified adapter; returns the exit code."""
     started = time.monotonic()
-    stop = StopFlag()
-    with accelerator.main_process_first():
-        weights = fetch(card(config.model.name), config.model.revision)
-    job = load_data(config, accelerator, weights)
+    config, accelerator = job.config, job.accelerator
     load_model(job)
     check_strategy(job)
     step = resume(job)
+    stop = StopFlag()
     manifest = outcome.describe(job, command)
     if accelerator.is_main_process:
         rundir.write_manifest(config.run_dir, manifest)
@@ -89,7 +100,7 @@ def resume(job: Job) -> int:
         return 0
     if job.is_sharded:
         # DeepSpeed makes its optimizer states at the first step: take one without a gradient, then fill them.
-        run_batch(job, job.train[: job.config.batch.size], scale=0.0)
+        run_batch(job, global_batch(job, found.step), scale=0.0)
     state = checkpoint.read(found)
     checkpoint.put_back(state, job.parameters, job.inner_optimizer, step=found.step, sharded=job.is_sharded)
     return found.step
@@ -118,7 +129,7 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     lr = learning_rate(config, step, job.steps)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
-    batch = [job.train[i] for i in data.order(len(job.train), config.batch.size, step, config.run.seed)]
+    batch = global_batch(job, step)
     tokens = data.num_trained(batch)
     scale = world * accelerator.gradient_accumulation_steps / max(1, tokens)
     total, norm = run_batch(job, batch, scale)
@@ -132,6 +143,11 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
         "tokens_per_s": round(sum(len(example.ids) for example in batch) / seconds, 1),
         "step_s": round(seconds, 3),
     }
+
+
+def global_batch(job: Job, step: int) -> list[data.Example]:
+    """The examples of a step, over all processes: always `batch.size` of them."""
+    return [job.train[i] for i in data.order(len(job.train), job.config.batch.size, step, job.config.run.seed)]
 
 
 def run_batch(job: Job, batch: list[data.Example], scale: float) -> tuple[torch.Tensor, float]:

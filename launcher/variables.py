@@ -79,6 +79,8 @@ def parse(args: list[str]) -> Variables:
     for name, check in CHECKS.items():
         if name in values and (fault := check(values[name])):
             faults.append(f"{name}={values[name]}: {fault}")
+    if not faults and values.get("PEFT") == "qlora" and (fault := one_process_only(values)):
+        faults.append(fault)
     if faults:
         raise UserError(*faults)
     return Variables(
@@ -93,12 +95,24 @@ def parse(args: list[str]) -> Variables:
     )
 
 
+def one_process_only(values: dict[str, str]) -> str | None:
+    """Why qlora cannot be trained as asked by `NGPU` and `STRATEGY`, with the commands that work."""
+    ngpu, strategy = values.get("NGPU", "1"), values.get("STRATEGY", "auto")
+    if ngpu == "1" and strategy in ("auto", "single"):
+        return None
+    return (
+        f"PEFT=qlora trains in one process (its 4-bit base is not sharded), not NGPU={ngpu} STRATEGY={strategy}; "
+        f"try: make train PEFT=qlora   or: make train PEFT=lora NGPU={max(int(ngpu), 2)}"
+    )
+
+
 def _check_peft(value: str) -> str | None:
     methods = shipped("peft")
     return None if value in methods else f"unknown method; {nearest(value, methods)} Try PEFT={DEFAULT_PEFT}"
 
 
-def _check_model(value: str) -> str | None:
+def check_model(value: str) -> str | None:
+    """What is wrong with a model's name, None if nothing is."""
     names = shipped("models")
     if value in names or Path(value, "config.json").is_file():
         return None
@@ -115,7 +129,8 @@ def _check_ngpu(value: str) -> str | None:
     return None if re.fullmatch(r"[1-9]\d{0,3}", value) else "must be a whole number of processes; try NGPU=1"
 
 
-def _check_data(value: str) -> str | None:
+def check_data(value: str) -> str | None:
+    """What is wrong with a data source, None if nothing is."""
     if value == EMBEDDED_TASK:
         return None
     path = Path(value)
@@ -145,9 +160,9 @@ def _check_run(value: str) -> str | None:
 
 CHECKS = {
     "PEFT": _check_peft,
-    "MODEL": _check_model,
+    "MODEL": check_model,
     "NGPU": _check_ngpu,
-    "DATA": _check_data,
+    "DATA": check_data,
     "STRATEGY": _check_strategy,
     "RUN": _check_run,
 }

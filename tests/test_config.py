@@ -77,6 +77,11 @@ def test_later_sources_win(tmp_path):
         ({"data": {"held_out": 0.2}}, "cafe brings its own"),
         ({"parallel": {"strategy": "zero9"}}, "unknown strategy"),
         ({"optim": {"lr": -1}, "batch": {"size": 0}}, "batch.size=0"),
+        (
+            {"adapter": {"targets": "q_proj"}},
+            "adapter.targets=q_proj: not a valid value; try adapter.targets=all-linear",
+        ),
+        ({"batch": {"micro": 0}}, "batch.micro=0: not a valid value; try batch.micro=auto"),
     ],
 )
 def test_an_option_without_effect_is_an_error(values, says):

@@ -62,9 +62,18 @@ def test_the_split_is_seeded_and_disjoint(tmp_path):
     assert not [m for m in first.held_out if m in first.train]
 
 
+def test_a_changed_file_is_noticed(tmp_path):
+    lines = [json.loads(json.dumps(GOOD).replace("hi", f"hi {i}")) for i in range(50)]
+    before = data.read(Data(source=write(tmp_path, *lines)))
+    before.require(before.fingerprint, "x")
+    after = data.read(Data(source=write(tmp_path, *lines, GOOD)))
+    with pytest.raises(UserError, match="has changed since"):
+        after.require(before.fingerprint, "x")
+
+
 def test_an_example_that_is_too_long_is_an_error_with_both_numbers(tokenizer):
     long = [{"role": "user", "content": "latte " * 100}, {"role": "assistant", "content": "ok"}]
-    with pytest.raises(UserError, match=r"1 of 2 examples are longer than data.max_length=50 \(longest: \d+ tokens\)"):
+    with pytest.raises(UserError, match=r"1 of 2 examples are longer than 50 tokens \(longest: \d+\)"):
         data.encode(tokenizer, [GOOD["messages"], long], 50)
 
 

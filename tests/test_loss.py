@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from launcher import data, methods
 from launcher.config import Adapter
+from launcher.errors import UserError
 from launcher.loss import CHUNK, Trainee
 
 
@@ -42,6 +43,14 @@ def test_value_and_gradients_equal_the_plain_loss(tiny, method_args):
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-3)
     for name, parameter in methods.trainable(model).items():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"), [(("q_prj",), "choose from: all-linear"), (("lm_head",), "head stays frozen")]
+)
+def test_targets_that_cannot_be_trained_are_refused(tiny, targets, says):
+    with pytest.raises(UserError, match=says):
+        methods.attach(AutoModelForCausalLM.from_pretrained(tiny), Adapter(targets=targets))
 
 
 def test_only_the_adapter_is_trained_and_it_starts_at_the_base(tiny):

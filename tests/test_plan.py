@@ -4,7 +4,7 @@ import pytest
 
 from launcher.config import load
 from launcher.errors import UserError
-from launcher.hardware import Hardware
+from launcher.hardware import Hardware, visible
 from launcher.plan import num_steps, plan, split_batch
 from launcher.variables import parse
 
@@ -56,6 +56,22 @@ def test_more_processes_than_gpus_is_refused():
 def test_single_is_one_process():
     with pytest.raises(UserError, match="STRATEGY=zero2"):
         plan(config("STRATEGY=single"), 2, LAPTOP, [])
+
+
+@pytest.mark.parametrize(
+    ("devices", "left"), [(None, [8.0, 9.0]), ("", []), ("-1", []), ("1", [9.0]), ("1,0", [9.0, 8.0]), ("0,7,1", [8.0])]
+)
+def test_hidden_gpus_are_not_counted(devices, left):
+    assert visible([8.0, 9.0], devices) == left
+
+
+@pytest.mark.parametrize("args", [("PEFT=qlora",), ("optim.name=paged_adamw",)])
+def test_what_is_not_sharded_runs_in_one_process(args):
+    assert plan(config(*args), 1, EIGHT, []).strategy == "single"
+    with pytest.raises(UserError, match="one process"):
+        plan(config(*args, "STRATEGY=zero2"), 1, EIGHT, [])
+    with pytest.raises(UserError, match="one process"):
+        plan(config(*args), 2, EIGHT, [])
 
 
 def test_steps():

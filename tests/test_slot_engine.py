@@ -121,6 +121,19 @@ def test_a_seed_gives_the_same_tokens_whoever_shares_the_batch(run):
     assert draw([2]) == draw([0, 1, 3])
 
 
+def test_slots_fit_the_memory_there_is():
+    from transformers import LlamaConfig
+
+    from serve.slot_engine import NUM_SLOTS, fit_slots, slot_bytes
+
+    llama_7b = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, hidden_size=4096)
+    each = slot_bytes(llama_7b, 2048, torch.bfloat16)
+    assert each == 2**30
+    assert fit_slots(80 * 2**30, each) == NUM_SLOTS
+    assert fit_slots(6 * 2**30, each) == 4
+    assert fit_slots(0, each) == 1
+
+
 def test_what_cannot_be_held_is_refused():
     with pytest.raises(reload.UserError, match="HOLD=merged"):
         reload.choose_hold("4bit", "lora")

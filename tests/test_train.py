@@ -17,8 +17,8 @@ from tests.running import run_python
 SMALL = ["data.limit=64", "batch.size=8", "optim.lr=1e-2", "model.dtype=fp32", "run.checkpoint_every=4"]
 
 
-def train(model, run, *args, program=("-m", "launcher", "train")):
-    return run_python(*program, f"MODEL={model}", f"RUN={run}", *SMALL, *args, timeout=240)
+def train(model, run, *args, program=("-m", "launcher", "train"), env=None):
+    return run_python(*program, f"MODEL={model}", f"RUN={run}", *SMALL, *args, timeout=240, env=env)
 
 
 def manifest(run):
@@ -50,7 +50,9 @@ def test_a_run_learns_and_leaves_what_stock_peft_reads(tiny, tmp_path):
 def test_two_processes_run_deepspeed_zero2(tiny_llama, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert train(tiny_llama, alone).returncode == 0
-    done = train(tiny_llama, together, "NGPU=2")
+    # As on a fresh machine: no compiler, and nothing that one left behind.
+    bare = {"CXX": "/nonexistent", "PATH": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = train(tiny_llama, together, "NGPU=2", env=bare)
     assert done.returncode == 0, done.stderr
     training = manifest(together)["training"]
     assert (training["strategy"], training["world_size"], training["engine"]) == ("zero2", 2, "DeepSpeedEngine")
