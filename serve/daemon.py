@@ -153,8 +153,8 @@ class Daemon:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            # Threads that spin while they wait bring everything on a shared processor to a crawl.
-            env={"OMP_WAIT_POLICY": "passive", **child_environment()},
+            # Threads spin only briefly while they wait, so that a shared processor does not come to a crawl.
+            env={"GOMP_SPINCOUNT": "10000", **child_environment()},
         )
 
     async def _engine_failed(self, engine: asyncio.subprocess.Process) -> EngineError:
