@@ -11,7 +11,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from launcher.errors import UserError, nearest
-from launcher.variables import CONFIGS, DEFAULT_MODEL, DEFAULT_PEFT, Variables, check_data, check_model, shipped
+from launcher.variables import (
+    CONFIGS,
+    DEFAULT_MODEL,
+    DEFAULT_PEFT,
+    EMBEDDED_TASK,
+    Variables,
+    check_data,
+    check_model,
+    check_strategy,
+    shipped,
+)
 
 
 class Section(BaseModel):
@@ -31,7 +41,7 @@ class Model(Section):
 class Data(Section):
     """What is learned from."""
 
-    source: str = Field("cafe", description="`cafe`, or a .jsonl file of {messages: [{role, content}, …]} lines")
+    source: str = Field(EMBEDDED_TASK, description="`cafe`, or a .jsonl file of {messages: [{role, content}, …]} lines")
     max_length: int = Field(1024, ge=8, description="longest example, in tokens; a longer one is an error")
     limit: int | None = Field(None, ge=1, description="use only so many training examples")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of a file's examples kept to measure with, at most 200")
@@ -109,11 +119,10 @@ class Config(Section):
             raise ValueError("quant.bits: qlora holds the base in four bits; try quant.bits=4")
         if self.adapter.method != "qlora" and self.quant != Quant():
             raise ValueError(f"quant: {self.adapter.method} does not quantise the base; try PEFT=qlora")
-        if self.data.source == "cafe" and self.data.held_out != Data().held_out:
+        if self.data.source == EMBEDDED_TASK and self.data.held_out != Data().held_out:
             raise ValueError("data.held_out: cafe brings its own held-out split; try without it")
-        valid = ["auto", *shipped("strategy")]
-        if self.parallel.strategy not in valid:
-            raise ValueError(f"parallel.strategy: unknown strategy; {nearest(self.parallel.strategy, valid)}")
+        if fault := check_strategy(self.parallel.strategy):
+            raise ValueError(f"parallel.strategy: {fault}")
         return self
 
     @property

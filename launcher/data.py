@@ -13,6 +13,7 @@ from launcher import cafe
 from launcher.chat import ROLES, Message, Tokenizer, render
 from launcher.config import Data
 from launcher.errors import UserError
+from launcher.variables import EMBEDDED_TASK
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class Splits:
 
 def read(data: Data) -> Splits:
     """The conversations of `data.source`, split; raises `UserError` with `file:line: what is wrong` for every fault."""
-    if data.source == "cafe":
+    if data.source == EMBEDDED_TASK:
         train = [e["messages"] for e in cafe.examples("train")]
         held_out = [e["messages"] for e in cafe.examples("held_out")]
     else:

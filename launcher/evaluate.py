@@ -1,7 +1,6 @@
 """Measure a finished run on its held-out split, beside its base: loss, exact match, valid JSON."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from launcher import data, models, rundir
 from launcher.chat import Message, prompt_ids
 from launcher.config import load
 from launcher.errors import UserError
-from launcher.loss import Trainee
+from launcher.loss import Trainee, summed
 from launcher.reload import Reloaded, open_run
 from launcher.variables import parse
 
@@ -55,13 +54,15 @@ def measure(name: str, run: Reloaded, held_out: list[list[Message]]) -> dict[str
     for chunk in track(chunks, description=f"{name} answers", console=Console(stderr=True), transient=True):
         prompts = [prompt_ids(run.tokenizer, messages[:-1]) for messages in chunk]
         said += generate(run, prompts, longest + MARGIN)
+    examples = data.encode(run.tokenizer, held_out, run.config.data.max_length)
+    nats, tokens = summed(Trainee(run.model), examples, BATCH, run.model.device)
     return {
-        "loss": round(mean_loss(run.model, data.encode(run.tokenizer, held_out, run.config.data.max_length)), 4),
+        "loss": round(nats / tokens, 4),
         "exact_match": share(a.strip() == b.strip() for a, b in zip(said, answers, strict=True)),
         "valid_json": share(map(is_json, said)) if all(map(is_json, answers)) else None,
         "samples": [
             {"asked": m[-2]["content"], "wanted": a, "answered": s}
-            for m, a, s in list(zip(held_out, answers, said, strict=True))
+            for m, a, s in zip(held_out, answers, said, strict=True)
         ],
     }
 
@@ -81,15 +82,6 @@ def generate(run: Reloaded, prompts: list[list[int]], max_tokens: int) -> list[s
             do_sample=False, eos_token_id=list(run.stop_ids), pad_token_id=run.stop_ids[0],
         )  # fmt: skip
     return run.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-
-
-def mean_loss(model: Any, examples: Sequence[data.Example]) -> float:
-    """Mean negative log-likelihood of the trained tokens, in nats."""
-    trainee, total = Trainee(model), 0.0
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    for first in range(0, len(ordered), BATCH):
-        total += trainee(**data.collate(ordered[first : first + BATCH], model.device)).item()
-    return total / data.num_trained(list(examples))
 
 
 def share(values: Any) -> float:

@@ -5,11 +5,14 @@ the head sees only the positions that carry loss, a chunk at a time, and because
 hidden states is computed in the forward pass: no logits are ever kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+
+from launcher import data
 
 CHUNK = 256
 
@@ -55,3 +58,13 @@ class Trainee(torch.nn.Module):
         hidden = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         predicts = trained[:, 1:]
         return FrozenHeadLoss.apply(hidden[:, :-1][predicts], input_ids[:, 1:][predicts], base.get_output_embeddings())
+
+
+@torch.no_grad()
+def summed(
+    trainee: Callable[..., torch.Tensor], examples: list[data.Example], micro: int, device: torch.device
+) -> tuple[float, int]:
+    """(sum of the loss in nats, number of trained tokens) of `examples`, `micro` of similar length at a time."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    parts = [ordered[first : first + micro] for first in range(0, len(ordered), micro)]
+    return sum(trainee(**data.collate(part, device)).item() for part in parts), data.num_trained(examples)

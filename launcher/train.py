@@ -17,6 +17,7 @@ from launcher.catalogue import card
 from launcher.config import Config, load
 from launcher.errors import EXIT_STOPPED, UserError, run_main
 from launcher.job import Job, check_strategy, load_data, load_model, save_checkpoint, start_processes, world_size
+from launcher.loss import summed
 from launcher.plan import choose_strategy
 from launcher.report import Report
 from launcher.variables import parse
@@ -130,17 +131,17 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     batch = global_batch(job, step)
-    tokens = data.num_trained(batch)
-    scale = world * accelerator.gradient_accumulation_steps / max(1, tokens)
+    num_tokens, num_trained = sum(len(example.ids) for example in batch), data.num_trained(batch)
+    scale = world * accelerator.gradient_accumulation_steps / max(1, num_trained)
     total, norm = run_batch(job, batch, scale)
     seconds = time.monotonic() - started
     return {
-        "loss": accelerator.reduce(total, "sum").item() / max(1, tokens),
+        "loss": accelerator.reduce(total, "sum").item() / max(1, num_trained),
         "lr": lr,
         "grad_norm": norm,
-        "tokens": sum(len(example.ids) for example in batch),
-        "trained_tokens": tokens,
-        "tokens_per_s": round(sum(len(example.ids) for example in batch) / seconds, 1),
+        "tokens": num_tokens,
+        "trained_tokens": num_trained,
+        "tokens_per_s": round(num_tokens / seconds, 1),
         "step_s": round(seconds, 3),
     }
 
@@ -173,20 +174,14 @@ def is_stop_agreed(job: Job, stop: StopFlag) -> bool:
     return job.accelerator.reduce(flag, "sum").item() > 0
 
 
-@torch.no_grad()
 def held_out_loss(job: Job) -> float:
     """Mean loss in nats a trained token of the held-out examples, shared out over the processes."""
     job.model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=job.accelerator.device)
-    mine = sorted(job.held_out, key=lambda e: len(e.ids))[
-        job.accelerator.process_index :: job.accelerator.num_processes
-    ]
-    for first in range(0, len(mine), job.micro):
-        part = mine[first : first + job.micro]
-        with job.accelerator.autocast():
-            sums[0] += job.model(**data.collate(part, job.accelerator.device)).double()
-        sums[1] += data.num_trained(part)
-    sums = job.accelerator.reduce(sums, "sum")
+    accelerator = job.accelerator
+    mine = job.held_out[accelerator.process_index :: accelerator.num_processes]
+    with accelerator.autocast():
+        share = summed(job.model, mine, job.micro, accelerator.device)
+    sums = accelerator.reduce(torch.tensor(share, dtype=torch.float64, device=accelerator.device), "sum")
     return (sums[0] / sums[1]).item()
 
 

@@ -5,6 +5,7 @@ name costs a fraction of a second and not an installation.
 """
 
 import ast
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ def shipped(kind: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
 
 
+@functools.cache
 def option_names() -> list[str]:
     """Every `section.option`, read from the source of `config`, which cannot be imported before it is installed."""
     tree = ast.parse((ROOT / "launcher" / "config.py").read_text(encoding="utf-8"))
@@ -67,10 +69,10 @@ def parse(args: list[str]) -> Variables:
         elif name in NAMES:
             if value:
                 values[name] = value
-        elif name in (options := option_names()):
+        elif name in option_names():
             overrides.append(arg)
         elif "." in name:
-            faults.append(f"{name}: unknown option; {nearest(name, options)} The list is in launcher/config.py")
+            faults.append(f"{name}: unknown option; {nearest(name, option_names())} The list is in launcher/config.py")
         else:
             faults.append(f"{name}: unknown variable; {nearest(name, NAMES)} Options are written section.option=value.")
     faults += [f"{file}: no such file; try one of configs/runs/*.yaml" for file in files if not Path(file).is_file()]
@@ -147,7 +149,8 @@ def _nearest_file(path: Path) -> str:
     return f"{hint}try DATA={EMBEDDED_TASK}, or the path of a .jsonl file"
 
 
-def _check_strategy(value: str) -> str | None:
+def check_strategy(value: str) -> str | None:
+    """What is wrong with a strategy's name, None if nothing is."""
     strategies = ["auto", *shipped("strategy")]
     return None if value in strategies else f"unknown strategy; {nearest(value, strategies)} Try STRATEGY=auto"
 
@@ -163,7 +166,7 @@ CHECKS = {
     "MODEL": check_model,
     "NGPU": _check_ngpu,
     "DATA": check_data,
-    "STRATEGY": _check_strategy,
+    "STRATEGY": check_strategy,
     "RUN": _check_run,
 }
 

@@ -108,8 +108,8 @@ class SlotEngine:
         """One more token for each of these slots."""
         positions = self._position[slots]
         logits = self._forward(self._last[slots][:, None], slots, positions[:, None])
-        tokens = [self._sample(row, slot, offset=1) for row, slot in zip(logits, slots, strict=True)]
         self._position[slots] += 1
+        tokens = [self._sample(row, slot) for row, slot in zip(logits, slots, strict=True)]
         self._last[slots] = torch.tensor(tokens)
         return tokens
 
@@ -133,14 +133,13 @@ class SlotEngine:
             logits_to_keep=1,
         ).logits[:, -1].float()  # fmt: skip
 
-    def _sample(self, logits: torch.Tensor, slot: int, offset: int = 0) -> int:
+    def _sample(self, logits: torch.Tensor, slot: int) -> int:
         """Greedy at temperature 0; else drawn with noise keyed by seed and position, so company changes nothing."""
         sampling = self._sampling[slot]
         if sampling.temperature == 0:
             return int(logits.argmax())
         probabilities = _truncate(logits / sampling.temperature, sampling).softmax(-1).cpu()
-        position = int(self._position[slot]) + offset
-        noise = torch.Generator().manual_seed((sampling.seed * 1_000_003 + position) % 2**63)
+        noise = torch.Generator().manual_seed((sampling.seed * 1_000_003 + int(self._position[slot])) % 2**63)
         return int(torch.multinomial(probabilities, 1, generator=noise))
 
 

@@ -47,6 +47,22 @@ def test_a_run_learns_and_leaves_what_stock_peft_reads(tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_evaluation_measures_the_base_and_the_run(tiny_llama, tmp_path):
+    run = tmp_path / "run"
+    assert train(tiny_llama, run).returncode == 0
+    done = run_python("-m", "launcher", "eval", f"RUN={run}")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((run / "eval.json").read_text())
+    assert measured["examples"] == len(measured["tuned"]["samples"]) == 200
+    assert measured["tuned"]["loss"] < measured["base"]["loss"]
+    # The same held-out loss that the training told at its end.
+    assert measured["tuned"]["loss"] == pytest.approx(manifest(run)["results"]["held_out_loss"], abs=1e-3)
+    refused = run_python("-m", "launcher", "eval", f"RUN={run}", "DATA=cafe")
+    assert refused.returncode == 2
+    assert "RUN=" in refused.stderr
+
+
+@pytest.mark.slow
 def test_two_processes_run_deepspeed_zero2(tiny_llama, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert train(tiny_llama, alone).returncode == 0
