@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from launcher import data, models, train
+from launcher import batches, data, models, train
 from launcher.catalogue import card
 from launcher.config import load
 from launcher.errors import run_main
@@ -31,7 +31,7 @@ def plain_step(job: Job, step: int) -> None:
     peft_model = job.accelerator.unwrap_model(job.model).model
     batch = train.global_batch(job, step)
     for first in range(0, len(batch), job.micro):
-        inputs = data.collate(batch[first : first + job.micro], job.accelerator.device)
+        inputs = batches.collate(batch[first : first + job.micro], job.accelerator.device)
         labels = inputs["input_ids"].masked_fill(~inputs.pop("trained"), -100)
         with job.accelerator.autocast():
             loss = peft_model(**inputs, labels=labels).loss

@@ -1,33 +1,20 @@
-"""Examples: read, check, tokenise, order, and pad into batches."""
+"""Conversations: read, check, split."""
 
-import functools
 import hashlib
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher import cafe
-from launcher.chat import ROLES, Message, Tokenizer, render
+from launcher.chat import ROLES, Message
 from launcher.config import Data
 from launcher.errors import UserError
 from launcher.variables import EMBEDDED_TASK
 
-if TYPE_CHECKING:
-    import torch
-
 MAX_HELD_OUT = 200
 MAX_FAULTS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised conversation; `trained[i]` says whether token i is predicted for the loss."""
-
-    ids: list[int]
-    trained: list[bool]
 
 
 @dataclass(frozen=True)
@@ -118,70 +105,3 @@ def _check_message(message: Any, before: Any) -> str | None:
     if not before and message["role"] == "assistant":
         return "the assistant speaks first; begin with a user turn"
     return None
-
-
-def encode(tokenizer: Tokenizer, conversations: list[list[Message]], max_length: int) -> list[Example]:
-    """Tokenise; raises `UserError` for the conversations longer than `max_length`, which are never cut silently."""
-    examples = []
-    too_long = []
-    for number, messages in enumerate(conversations, start=1):
-        rendered = render(tokenizer, messages)
-        if len(rendered.ids) > max_length:
-            too_long.append((len(rendered.ids), number))
-        examples.append(Example(rendered.ids, rendered.trained))
-    if too_long:
-        longest = max(too_long)[0]
-        raise UserError(
-            f"{len(too_long)} of {len(conversations)} examples are longer than {max_length} tokens (longest: {longest}), "
-            f"the smaller of data.max_length and the model's context; try data.max_length={longest}, or shorten them"
-        )
-    return examples
-
-
-def order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The examples of one step: slice `step` of an endless stream of seeded permutations, one an epoch.
-
-    A pure function of its arguments: any number of processes sees the same global batches, and a resumed run goes on with
-    the very example it would have seen.
-    """
-    first = step * batch_size
-    return [
-        _permutation(num_examples, seed, position // num_examples)[position % num_examples]
-        for position in range(first, first + batch_size)
-    ]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
-    indices = list(range(num_examples))
-    random.Random(f"order-{seed}-{epoch}").shuffle(indices)
-    return indices
-
-
-def micro_batches(batch: list[Example], rank: int, world: int, micro: int) -> Iterator[list[Example]]:
-    """This rank's share of a global batch, `micro` at a time. Sorted by length first, so little of a batch is padding."""
-    by_length = sorted(batch, key=lambda example: len(example.ids))
-    for first in range(rank * micro, len(by_length), world * micro):
-        yield by_length[first : first + micro]
-
-
-def num_trained(batch: list[Example]) -> int:
-    """Tokens that carry loss. The first token of a sequence is never predicted."""
-    return sum(sum(example.trained[1:]) for example in batch)
-
-
-def collate(batch: list[Example], device: "torch.device | str" = "cpu") -> dict[str, "torch.Tensor"]:
-    """Pad on the right: `input_ids` and `attention_mask` int64 [B, L], `trained` bool [B, L]."""
-    import torch
-
-    length = max(len(example.ids) for example in batch)
-    input_ids = torch.zeros(len(batch), length, dtype=torch.long)
-    attention_mask = torch.zeros(len(batch), length, dtype=torch.long)
-    trained = torch.zeros(len(batch), length, dtype=torch.bool)
-    for row, example in enumerate(batch):
-        n = len(example.ids)
-        input_ids[row, :n] = torch.tensor(example.ids)
-        attention_mask[row, :n] = 1
-        trained[row, :n] = torch.tensor(example.trained)
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "trained": trained}
-    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ from rich.table import Table
 from launcher import data, models, rundir
 from launcher.chat import Message, prompt_ids
 from launcher.config import load
+from launcher.encoding import encode
 from launcher.errors import UserError
 from launcher.loss import Trainee, summed
 from launcher.reload import Reloaded, open_run
@@ -54,7 +55,7 @@ def measure(name: str, run: Reloaded, held_out: list[list[Message]]) -> dict[str
     for chunk in track(chunks, description=f"{name} answers", console=Console(stderr=True), transient=True):
         prompts = [prompt_ids(run.tokenizer, messages[:-1]) for messages in chunk]
         said += generate(run, prompts, longest + MARGIN)
-    examples = data.encode(run.tokenizer, held_out, run.config.data.max_length)
+    examples = encode(run.tokenizer, held_out, run.config.data.max_length)
     nats, tokens = summed(Trainee(run.model), examples, BATCH, run.model.device)
     return {
         "loss": round(nats / tokens, 4),

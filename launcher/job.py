@@ -12,6 +12,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from launcher import checkpoint, data, methods, models
 from launcher.catalogue import ModelCard, card
 from launcher.config import Config
+from launcher.encoding import Example, encode
 from launcher.errors import UserError
 from launcher.hardware import detect
 from launcher.loss import Trainee
@@ -26,8 +27,8 @@ class Job:
     config: Config
     accelerator: Accelerator
     tokenizer: Any
-    train: list[data.Example]
-    held_out: list[data.Example]
+    train: list[Example]
+    held_out: list[Example]
     micro: int
     steps: int
     splits: data.Splits
@@ -99,13 +100,13 @@ def load_data(config: Config, accelerator: Accelerator, weights: Weights, splits
     known = card(config.model.name)
     tokenizer = models.load_tokenizer(weights.path, known.template)
     longest = min(config.data.max_length, models.context_length(weights.path))
-    examples = data.encode(tokenizer, splits.train, longest)
+    examples = encode(tokenizer, splits.train, longest)
     return Job(
         config=config,
         accelerator=accelerator,
         tokenizer=tokenizer,
         train=examples,
-        held_out=data.encode(tokenizer, splits.held_out, longest),
+        held_out=encode(tokenizer, splits.held_out, longest),
         splits=splits,
         micro=split_batch(config, accelerator.num_processes)[0],
         steps=num_steps(config, len(examples)),

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
-from launcher import data
+from launcher.batches import collate
+from launcher.encoding import Example, count_trained
 
 CHUNK = 256
 
@@ -62,9 +63,9 @@ class Trainee(torch.nn.Module):
 
 @torch.no_grad()
 def summed(
-    trainee: Callable[..., torch.Tensor], examples: list[data.Example], micro: int, device: torch.device
+    trainee: Callable[..., torch.Tensor], examples: list[Example], micro: int, device: torch.device
 ) -> tuple[float, int]:
     """(sum of the loss in nats, number of trained tokens) of `examples`, `micro` of similar length at a time."""
     ordered = sorted(examples, key=lambda example: len(example.ids))
     parts = [ordered[first : first + micro] for first in range(0, len(ordered), micro)]
-    return sum(trainee(**data.collate(part, device)).item() for part in parts), data.num_trained(examples)
+    return sum(trainee(**collate(part, device)).item() for part in parts), count_trained(examples)

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from launcher import checkpoint, data, outcome, rundir
+from launcher import batches, checkpoint, data, outcome, rundir
 from launcher.catalogue import card
 from launcher.config import Config, load
+from launcher.encoding import Example, count_trained
 from launcher.errors import EXIT_STOPPED, UserError, run_main
 from launcher.job import Job, check_strategy, load_data, load_model, save_checkpoint, start_processes, world_size
 from launcher.loss import summed
@@ -131,7 +132,7 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     batch = global_batch(job, step)
-    num_tokens, num_trained = sum(len(example.ids) for example in batch), data.num_trained(batch)
+    num_tokens, num_trained = sum(len(example.ids) for example in batch), count_trained(batch)
     scale = world * accelerator.gradient_accumulation_steps / max(1, num_trained)
     total, norm = run_batch(job, batch, scale)
     seconds = time.monotonic() - started
@@ -146,19 +147,19 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     }
 
 
-def global_batch(job: Job, step: int) -> list[data.Example]:
+def global_batch(job: Job, step: int) -> list[Example]:
     """The examples of a step, over all processes: always `batch.size` of them."""
-    return [job.train[i] for i in data.order(len(job.train), job.config.batch.size, step, job.config.run.seed)]
+    return [job.train[i] for i in batches.order(len(job.train), job.config.batch.size, step, job.config.run.seed)]
 
 
-def run_batch(job: Job, batch: list[data.Example], scale: float) -> tuple[torch.Tensor, float]:
+def run_batch(job: Job, batch: list[Example], scale: float) -> tuple[torch.Tensor, float]:
     """This process's share of one optimizer step: (its summed loss, the norm of the gradient before clipping)."""
     accelerator = job.accelerator
     total = torch.zeros((), device=accelerator.device)
     norm: Any = None
-    for micro in data.micro_batches(batch, accelerator.process_index, accelerator.num_processes, job.micro):
+    for micro in batches.micro_batches(batch, accelerator.process_index, accelerator.num_processes, job.micro):
         with accelerator.accumulate(job.model):
-            loss = job.model(**data.collate(micro, accelerator.device))
+            loss = job.model(**batches.collate(micro, accelerator.device))
             accelerator.backward(loss * scale)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(job.parameters.values(), job.config.optim.clip)

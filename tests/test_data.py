@@ -1,9 +1,8 @@
-"""Reading, ordering and batching."""
+"""Reading and splitting."""
 
 import json
 
 import pytest
-import torch
 
 from launcher import data
 from launcher.config import Data
@@ -69,33 +68,3 @@ def test_a_changed_file_is_noticed(tmp_path):
     after = data.read(Data(source=write(tmp_path, *lines, GOOD)))
     with pytest.raises(UserError, match="has changed since"):
         after.require(before.fingerprint, "x")
-
-
-def test_an_example_that_is_too_long_is_an_error_with_both_numbers(tokenizer):
-    long = [{"role": "user", "content": "latte " * 100}, {"role": "assistant", "content": "ok"}]
-    with pytest.raises(UserError, match=r"1 of 2 examples are longer than 50 tokens \(longest: \d+\)"):
-        data.encode(tokenizer, [GOOD["messages"], long], 50)
-
-
-def test_order_visits_every_example_once_an_epoch():
-    epochs = [[i for step in range(s, s + 5) for i in data.order(20, 4, step, seed=3)] for s in (0, 5)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
-    assert epochs[0] != epochs[1]
-    assert data.order(20, 4, 1, seed=3) != data.order(20, 4, 1, seed=4)
-
-
-@pytest.mark.parametrize(("world", "micro"), [(1, 16), (1, 4), (2, 4), (4, 2)])
-def test_the_processes_share_the_global_batch(world, micro):
-    batch = [data.Example([1] * (5 + i), [True] * (5 + i)) for i in range(16)]
-    parts = [list(data.micro_batches(batch, rank, world, micro)) for rank in range(world)]
-    assert all(len(part) == 16 // (world * micro) for part in parts)
-    assert sorted(len(e.ids) for part in parts for m in part for e in m) == [5 + i for i in range(16)]
-
-
-def test_collate_pads_on_the_right_and_never_trains_padding():
-    batch = data.collate([data.Example([5, 6, 7], [False, True, True]), data.Example([5], [True])])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["trained"].dtype == torch.bool
-    assert batch["trained"].tolist() == [[False, True, True], [True, False, False]]
-    assert data.num_trained([data.Example([5, 6, 7], [False, True, True]), data.Example([5], [True])]) == 2

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from launcher import data, methods
+from launcher import methods
+from launcher.batches import collate
 from launcher.config import Adapter
+from launcher.encoding import Example
 from launcher.errors import UserError
 from launcher.loss import CHUNK, Trainee
 
@@ -17,8 +19,8 @@ def batch(num_rows, length):
     for row in range(num_rows):
         n = length - row % 7
         ids = torch.randint(3, 600, (n,), generator=generator).tolist()
-        examples.append(data.Example(ids, [position > n // 3 for position in range(n)]))
-    return data.collate(examples)
+        examples.append(Example(ids, [position > n // 3 for position in range(n)]))
+    return collate(examples)
 
 
 @pytest.mark.parametrize("method_args", [{}, {"r": 4, "targets": "all-linear"}])
