@@ -1,10 +1,11 @@
 # The front door. Every target checks its variables before it installs, downloads or starts anything.
 #
 #   PEFT      lora | qlora                          MODEL  smollm2-135m | gpt-2 | llama-7b | org/name | a folder
-#   NGPU      number of processes                   DATA   cafe | file.jsonl
+#   NGPU      number of processes                   DATA   cafe | a data file | a folder of texts | org/name
 #   STRATEGY  auto | single | zero2                 RUN    name of the run folder under runs/
 #   HOLD      merged | 4bit | adapters (serving)    DTYPE  auto | bf16 | fp32 (serving)
 #   SET       any option: SET="optim.lr=2e-4 batch.size=32"
+#   RUNS      several runs, to compare: RUNS="one another"
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -19,6 +20,7 @@ NGPU ?=
 DATA ?=
 STRATEGY ?=
 RUN ?=
+RUNS ?=
 HOLD ?=
 DTYPE ?=
 SET ?=
@@ -29,7 +31,7 @@ SERVE_ARGS = 'RUN=$(SERVED)' $(call given,HOLD DTYPE)
 IMAGE ?= afinar
 
 .DEFAULT_GOAL := help
-.PHONY: help setup variables train plan eval serve chat infer test test-fast check bench build shell
+.PHONY: help setup variables train plan data eval compare two-runs serve chat infer test test-fast check bench build shell
 
 help: ## list the targets and variables
 	@sed -n 's/^#   /  /p' Makefile; echo
@@ -55,8 +57,18 @@ train: | variables setup ## fine-tune; resumes an interrupted run
 plan: | variables setup ## show what train would do
 	@$(PY) -m launcher plan $(TRAIN_ARGS)
 
+data: | variables setup ## show what train would learn from: counts, and one example with its trained part marked
+	@$(PY) -m launcher data $(TRAIN_ARGS)
+
 eval: | variables setup ## measure a finished run beside its base
 	@$(PY) -m launcher eval $(TRAIN_ARGS)
+
+compare: | two-runs setup ## several runs side by side: make compare RUNS="one another"
+	@$(PY) -m launcher compare 'RUNS=$(RUNS)'
+
+two-runs:
+	@test -n '$(word 2,$(RUNS))' \
+	  || { echo 'error: RUNS="$(RUNS)": a comparison takes two different runs or more; try RUNS="one another"' >&2; exit 2; }
 
 serve: | variables setup ## hold a finished run in memory for clients
 	@$(PY) -m serve daemon $(SERVE_ARGS)

@@ -1,1 +1,1 @@
-"""Benchmarks: speed and memory, never in the tests."""
+"""Programs that measure, and the import of real data: none of them runs in the tests but for a moment."""

@@ -15,11 +15,14 @@ from collections.abc import Callable
 
 import torch
 
-from launcher import batches, data, models, train
+from launcher import data, models, train
+from launcher.batches import collate, each_alone
 from launcher.catalogue import card
 from launcher.config import load
 from launcher.errors import run_main
-from launcher.job import Job, load_data, load_model, start_processes
+from launcher.job import Job, assemble, global_batch, load_model, start_processes
+from launcher.material import load_material
+from launcher.models import read_shape
 from launcher.variables import parse
 from launcher.weights import fetch
 
@@ -28,10 +31,11 @@ NUM_STEPS = 9
 
 def plain_step(job: Job, step: int) -> None:
     """What a textbook loop does: pad, full logits, loss over masked labels, backward, step."""
-    peft_model = job.accelerator.unwrap_model(job.model).model
-    batch = train.global_batch(job, step)
+    peft_model = job.peft_model
+    batch = global_batch(job, step)
     for first in range(0, len(batch), job.micro):
-        inputs = batches.collate(batch[first : first + job.micro], job.accelerator.device)
+        inputs = collate(each_alone(batch[first : first + job.micro]), job.accelerator.device)
+        inputs["attention_mask"] = inputs.pop("documents")
         labels = inputs["input_ids"].masked_fill(~inputs.pop("trained"), -100)
         with job.accelerator.autocast():
             loss = peft_model(**inputs, labels=labels).loss
@@ -51,12 +55,13 @@ def main(args: list[str]) -> int:
     """Measure, print one line a way and one JSON line."""
     config = load(parse([*args, f"RUN={tempfile.gettempdir()}/bench"]))
     weights = fetch(card(config.model.name), config.model.revision)
-    job = load_data(config, start_processes(config), weights, data.read(config.data))
+    material = load_material(config, data.read(config.data), weights.path, read_shape(weights.path).context)
+    job = assemble(config, start_processes(config), weights, material)
     with models.quiet():
         load_model(job)
     rates: dict[str, list[float]] = {"ours": [], "plain": []}
     for step in range(NUM_STEPS + 1):
-        tokens = sum(len(example.ids) for example in train.global_batch(job, step))
+        tokens = sum(len(example.ids) for example in global_batch(job, step))
         seconds = timed(lambda step=step: train.train_step(job, step)), timed(lambda step=step: plain_step(job, step))
         if step:  # the first step warms up
             for name, taken in zip(rates, seconds, strict=True):

@@ -1,4 +1,4 @@
-"""The front door: `python -m launcher {train,plan,eval} [CONFIG.yaml] [VARIABLE=value …] [section.option=value …]`."""
+"""The front door: `python -m launcher {train,plan,data,eval,compare} [CONFIG.yaml] [VARIABLE=value …] [section.option=value …]`."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from launcher.config import Config, load
 from launcher.errors import UserError, nearest, run_main
 from launcher.hardware import detect
 from launcher.plan import Plan, num_steps, plan
-from launcher.weights import fetch, require_token
+from launcher.weights import fetch, fetch_words, require_token
 
 # What only the front door reads; the rest is handed on to launcher.train as it was given.
 OURS = ("NGPU",)
@@ -57,6 +57,22 @@ def run_train(args: list[str]) -> int:
     os.execvpe(decided.argv[0], decided.argv, {**os.environ, **decided.env})
 
 
+def run_data(args: list[str]) -> int:
+    """`make data`: show what would be learned: counts, and one example with its trained part marked."""
+    config = load(variables.parse(args))
+    require_token(card(config.model.name))
+    splits = data.read(config.data)
+    folder = fetch_words(card(config.model.name), config.model.revision)
+    from rich.console import Console
+
+    from launcher import material, models, preview
+
+    found = material.load_material(config, splits, folder, models.read_shape(folder).context)
+    preview.show(Console(highlight=False), found, config.data)
+    print("Next: the same variables with `make train`.")
+    return 0
+
+
 def run_eval(args: list[str]) -> int:
     """`make eval`: measure a finished run beside its base."""
     from launcher import evaluate
@@ -64,7 +80,14 @@ def run_eval(args: list[str]) -> int:
     return evaluate.main(args)
 
 
-COMMANDS = {"train": run_train, "plan": run_plan, "eval": run_eval}
+def run_compare(args: list[str]) -> int:
+    """`make compare`: several runs side by side."""
+    from launcher import compare
+
+    return compare.main(args)
+
+
+COMMANDS = {"train": run_train, "plan": run_plan, "data": run_data, "eval": run_eval, "compare": run_compare}
 
 
 def main(args: list[str]) -> int:

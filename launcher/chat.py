@@ -10,10 +10,12 @@ from typing import Any, Protocol, TypedDict
 from launcher.errors import UserError
 
 ROLES = ("system", "user", "assistant")
+# Plain text is a conversation of one message with this role: no template, every token trained.
+TEXT = "text"
 
 
 class Message(TypedDict):
-    """One turn: `role` is system, user or assistant."""
+    """One turn: `role` is system, user or assistant, or `TEXT`."""
 
     role: str
     content: str
@@ -48,7 +50,12 @@ def prompt_ids(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
 
 def render(tokenizer: Tokenizer, messages: list[Message]) -> Rendered:
     """The ids of a conversation and which of them carry loss, decided by position, never by token id."""
-    ids: list[int] = []
+    if messages[0]["role"] == TEXT:
+        # With the special tokens that the base was trained on, and the one that ends a document.
+        ids = tokenizer(messages[0]["content"])["input_ids"]
+        ids += [tokenizer.eos_token_id] if ids[-1:] != [tokenizer.eos_token_id] else []
+        return Rendered(ids, [True] * len(ids))
+    ids = []
     trained: list[bool] = []
     for text, is_answer in _segments(tokenizer, messages, prompt=False):
         segment = _tokenize(tokenizer, text)

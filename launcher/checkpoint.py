@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from launcher import gate
 from launcher.rundir import write_atomically
 from launcher.weights import sha256
 
@@ -64,8 +65,13 @@ def put_back(
             shard["step"] = torch.tensor(float(step))
 
 
-def write(run_dir: Path, state: dict[str, torch.Tensor], *, step: int, position: int, keep: int) -> Path:
-    """Write `state` as the checkpoint of `step` and delete all but the newest `keep`."""
+def write(
+    run_dir: Path, state: dict[str, torch.Tensor], start: Mapping[str, str], *, step: int, position: int, keep: int
+) -> Path:
+    """Write `state` as the checkpoint of `step`, read it back, and delete all but the newest `keep`.
+
+    `start` has the digests before training (see `gate.check_file`). Raises `IntegrityError`; the others are then untouched.
+    """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     part = root / f"step-{step:05d}.part"
@@ -74,6 +80,7 @@ def write(run_dir: Path, state: dict[str, torch.Tensor], *, step: int, position:
     file = part / "state.safetensors"
     save_file(state, file)
     _sync(file)
+    gate.check_file(file, state, start, idle(state))
     manifest = {"step": step, "position": position, "sha256": sha256(file), "size": file.stat().st_size}
     write_atomically(part / "manifest.json", json.dumps(manifest).encode())
     final = root / f"step-{step:05d}"
@@ -83,6 +90,13 @@ def write(run_dir: Path, state: dict[str, torch.Tensor], *, step: int, position:
     for old in sorted(root.glob("step-?????"))[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def idle(state: Mapping[str, torch.Tensor]) -> list[str]:
+    """The parameters of a gathered state that have never had a gradient: their second moment is zero."""
+    return [
+        name for name in state if name.startswith("param/") and not state[name.replace("param", MOMENTS[1], 1)].any()
+    ]
 
 
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:

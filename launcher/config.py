@@ -20,6 +20,7 @@ from launcher.variables import (
     check_data,
     check_model,
     check_strategy,
+    is_hub_data,
     shipped,
 )
 
@@ -36,25 +37,71 @@ class Model(Section):
     name: str = DEFAULT_MODEL
     revision: str | None = Field(None, description="hub branch, tag or commit; none = the catalogue's, or main")
     dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 where the hardware has it")
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations, compute them again in the backward pass: less memory, slower"
+    )
 
 
 class Data(Section):
     """What is learned from."""
 
-    source: str = Field(EMBEDDED_TASK, description="`cafe`, or a .jsonl file of {messages: [{role, content}, …]} lines")
-    max_length: int = Field(1024, ge=8, description="longest example, in tokens; a longer one is an error")
+    source: str = Field(
+        EMBEDDED_TASK, description="`cafe`, a data file, a folder of texts or a hub dataset: see README"
+    )
+    subset: str | None = Field(None, description="configuration of a hub dataset; none = its default")
+    split: str = Field("train", description="split of a hub dataset, of which a share is held out")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset; none = main")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="what a faulty record does: end the run, or be left out"
+    )
+    max_length: int = Field(1024, ge=8, description="longest example, in tokens")
+    overflow: Literal["error", "truncate", "drop", "split"] = Field(
+        "error", description="what becomes of a longer one; split makes several of it, of plain text only"
+    )
     limit: int | None = Field(None, ge=1, description="use only so many training examples")
-    held_out: float = Field(0.1, gt=0, lt=1, description="share of a file's examples kept to measure with, at most 200")
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of the examples kept to measure with, at most 200")
 
 
 class Adapter(Section):
-    """The trained part. `qlora` is LoRA over a base held in four bits."""
+    """The trained part. `qlora` is LoRA over a base held in four bits. `METHOD_OPTIONS` says whose each option is."""
 
-    method: Literal["lora", "qlora"] = "lora"
+    method: Literal["lora", "qlora", "ia3", "prefix"] = "lora"
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="names of the adapted modules")
     r: int = Field(16, ge=1, description="rank of the update")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="names of the adapted modules")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead (arXiv:2312.03732)")
+    dora: bool = Field(False, description="train magnitude and direction apart (arXiv:2402.09353)")
+    feedforward: tuple[str, ...] | None = Field(
+        None, description="modules scaled at their input, not their output; none = PEFT's choice for the architecture"
+    )
+    num_tokens: int = Field(30, ge=1, description="length of the prefix, in positions")
+    start: Literal["text", "random"] = Field(
+        "text", description="text = the keys and values of the first training examples"
+    )
+    projection: bool = Field(
+        False, description="learn the prefix through a two-layer network, which needs start=random"
+    )
+
+    def misplaced(self) -> str | None:
+        """What is wrong with the options of this method, None if nothing is."""
+        given = [name for name in self.__class__.model_fields if getattr(self, name) != getattr(Adapter(), name)]
+        for name in given:
+            if name != "method" and name not in METHOD_OPTIONS[self.method]:
+                owners = " or ".join(m for m, options in METHOD_OPTIONS.items() if name in options)
+                return f"adapter.{name}: not an option of {self.method}; try PEFT={owners}, or without it"
+        if self.projection and self.start == "text":
+            return "adapter.projection: a projected prefix cannot start from a text; try adapter.start=random too"
+        return None
+
+
+LORA_OPTIONS = ("targets", "r", "alpha", "dropout", "rslora", "dora")
+METHOD_OPTIONS = {
+    "lora": LORA_OPTIONS,
+    "qlora": LORA_OPTIONS,
+    "ia3": ("targets", "feedforward"),
+    "prefix": ("num_tokens", "start", "projection"),
+}
 
 
 class Quant(Section):
@@ -71,6 +118,7 @@ class Optim(Section):
     name: Literal["adamw", "paged_adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    lora_plus: float = Field(1.0, ge=1, description="LoRA+: B learns so many times as fast as A (arXiv:2402.12354)")
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     epochs: float = Field(1.0, gt=0)
@@ -84,12 +132,23 @@ class Batch(Section):
     micro: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="examples a process holds at once; auto = at most 16"
     )
+    packing: bool | Literal["auto"] = Field(
+        "auto", description="lay short examples one after another in a row; auto = where it is cheaper than padding"
+    )
 
 
 class Parallel(Section):
     """How the processes share the work: a name of `configs/strategy/`."""
 
     strategy: str = "auto"
+
+
+class Eval(Section):
+    """The evaluations during a run: before the first step, every so many steps, and at the end on the whole split."""
+
+    every: int = Field(50, ge=1, description="steps between evaluations")
+    examples: int = Field(40, ge=1, description="held-out examples measured each time")
+    answers: int = Field(8, ge=0, description="held-out questions that the model answers each time")
 
 
 class Run(Section):
@@ -111,16 +170,31 @@ class Config(Section):
     optim: Optim = Optim()
     batch: Batch = Batch()
     parallel: Parallel = Parallel()
+    eval: Eval = Eval()
     run: Run = Run()
 
     @model_validator(mode="after")
     def _options_take_effect(self) -> "Config":
+        if fault := self.adapter.misplaced():
+            raise ValueError(fault)
+        if self.optim.lora_plus != 1 and self.adapter.method not in ("lora", "qlora"):
+            raise ValueError(f"optim.lora_plus: {self.adapter.method} has no B matrix; try PEFT=lora")
+        if self.adapter.method == "prefix" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing: PEFT cannot recompute activations behind a prefix; try PEFT=lora, or a "
+                "smaller batch.micro"
+            )
         if self.adapter.method == "qlora" and self.quant.bits is None:
             raise ValueError("quant.bits: qlora holds the base in four bits; try quant.bits=4")
         if self.adapter.method != "qlora" and self.quant != Quant():
             raise ValueError(f"quant: {self.adapter.method} does not quantise the base; try PEFT=qlora")
         if self.data.source == EMBEDDED_TASK and self.data.held_out != Data().held_out:
             raise ValueError("data.held_out: cafe brings its own held-out split; try without it")
+        if self.data.source == EMBEDDED_TASK and self.data.on_error != Data().on_error:
+            raise ValueError("data.on_error: cafe has no faulty records; try without it")
+        for option in ("subset", "split", "revision"):
+            if getattr(self.data, option) != getattr(Data(), option) and not is_hub_data(self.data.source):
+                raise ValueError(f"data.{option}: {self.data.source} is not a hub dataset; try without it")
         if fault := check_strategy(self.parallel.strategy):
             raise ValueError(f"parallel.strategy: {fault}")
         return self

@@ -3,26 +3,40 @@
 import hashlib
 import json
 import random
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
 
-from launcher import cafe
-from launcher.chat import ROLES, Message
+from launcher import cafe, shapes
+from launcher.chat import Message
 from launcher.config import Data
 from launcher.errors import UserError
+from launcher.sources import Fault, Record, records
 from launcher.variables import EMBEDDED_TASK
 
 MAX_HELD_OUT = 200
 MAX_FAULTS_SHOWN = 20
+SPLITS: tuple[cafe.Split, ...] = ("train", "held_out")
+NO_EXAMPLES = f"no examples in it; write records with {shapes.FORMS}"
+
+Example = tuple[list[Message], str]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Conversations to train on and conversations to measure with."""
+    """Conversations to train on and conversations to measure with.
+
+    `train_places` and `held_out_places` say where each comes from (`file:line`), `shapes` how many came in which shape, and
+    `left_out` which faulty records were skipped, a line each.
+    """
 
     train: list[list[Message]]
     held_out: list[list[Message]]
+    train_places: tuple[str, ...] = ()
+    held_out_places: tuple[str, ...] = ()
+    shapes: dict[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -39,69 +53,66 @@ class Splits:
 
 def read(data: Data) -> Splits:
     """The conversations of `data.source`, split; raises `UserError` with `file:line: what is wrong` for every fault."""
+    found: Counter[str] = Counter()
+    left_out: list[str] = []
     if data.source == EMBEDDED_TASK:
-        train = [e["messages"] for e in cafe.examples("train")]
-        held_out = [e["messages"] for e in cafe.examples("held_out")]
+        train, held_out = ([(e["messages"], f"cafe:{n}") for n, e in enumerate(cafe.examples(s), 1)] for s in SPLITS)
+        found[shapes.MESSAGES] = len(train) + len(held_out)
     else:
-        conversations = _read_jsonl(Path(data.source))
-        random.Random("split").shuffle(conversations)
-        num_held_out = min(MAX_HELD_OUT, max(1, round(len(conversations) * data.held_out)))
-        held_out, train = conversations[:num_held_out], conversations[num_held_out:]
+        examples, found, left_out = _read_source(data)
+        random.Random("split").shuffle(examples)
+        num_held_out = min(MAX_HELD_OUT, max(1, round(len(examples) * data.held_out)))
+        held_out, train = examples[:num_held_out], examples[num_held_out:]
         if not train:
-            raise UserError(f"{data.source}: {len(conversations)} example(s) leave none to train on; add more lines")
-    return Splits(train[: data.limit], held_out)
+            few = f"{len(examples)} example(s) leave none to train on; add more" if examples else NO_EXAMPLES
+            raise_faults([f"{data.source}: {few}", *left_out])
+    train = train[: data.limit]
+    return Splits(
+        [messages for messages, _ in train],
+        [messages for messages, _ in held_out],
+        tuple(place for _, place in train),
+        tuple(place for _, place in held_out),
+        dict(found),
+        tuple(left_out),
+    )
 
 
-def _read_jsonl(path: Path) -> list[list[Message]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; try DATA=cafe")
-    conversations: list[list[Message]] = []
+def raise_faults(faults: Sequence[str], count: int | None = None) -> NoReturn:
+    """Raise a `UserError` with as many of `faults` as a screen holds; `count` of them there are in all."""
+    shown = list(faults[:MAX_FAULTS_SHOWN])
+    if more := (count or len(faults)) - len(shown):
+        shown.append(f"… and {more} more fault{'s' * (more > 1)}; mend them, or leave them out: data.on_error=skip")
+    raise UserError(*shown)
+
+
+def _read_source(data: Data) -> tuple[list[Example], Counter[str], list[str]]:
+    """All that can be learned, how much of each shape, and the faults that are left out."""
+    examples: list[Example] = []
+    found: Counter[str] = Counter()
     faults: list[str] = []
-    with path.open(encoding="utf-8-sig", errors="strict") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                if fault := _check_line(line, conversations):
-                    faults.append(f"{path}:{number}: {fault}")
-        except UnicodeDecodeError:
-            faults.append(f"{path}: not UTF-8 text; save it as UTF-8")
-    if faults:
-        more = len(faults) - MAX_FAULTS_SHOWN
-        raise UserError(*faults[:MAX_FAULTS_SHOWN], *([f"… and {more} more faults in {path}"] if more > 0 else []))
-    if not conversations:
-        raise UserError(f"{path}: no examples in it; write one {{'messages': [...]}} object a line")
-    return conversations
+    num_faults = 0
+    for item in records(data):
+        read = _understand(item)
+        if not isinstance(read, Fault):
+            shape, messages = read
+            examples.append((messages, item.where))
+            found[shape] += 1
+            continue
+        if read.fatal and data.on_error == "skip":
+            raise UserError(str(read))
+        num_faults += 1
+        # A file that is no data at all has millions.
+        if data.on_error == "skip" or num_faults <= MAX_FAULTS_SHOWN:
+            faults.append(str(read))
+    if faults and data.on_error == "stop":
+        raise_faults(faults, num_faults)
+    return examples, found, faults
 
 
-def _check_line(line: str, conversations: list[list[Message]]) -> str | None:
-    """Append the line's conversation, or say what is wrong with it."""
+def _understand(item: Record | Fault) -> tuple[str, list[Message]] | Fault:
+    if isinstance(item, Fault):
+        return item
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({error}); write one object a line"
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages:
-        return 'no "messages" list; write {"messages": [{"role": "user", "content": …}, …]}'
-    for position, message in enumerate(messages):
-        if fault := _check_message(message, messages[position - 1] if position else None):
-            return f"message {position + 1}: {fault}"
-    if messages[-1]["role"] != "assistant":
-        return "the last message must be the assistant's, it is what is learned"
-    conversations.append([{"role": m["role"], "content": m["content"]} for m in messages])
-    return None
-
-
-def _check_message(message: Any, before: Any) -> str | None:
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else message
-        return f"unknown role {role!r}; choose from: {', '.join(ROLES)}"
-    if not isinstance(message.get("content"), str) or not message["content"].strip():
-        return "empty content; write some text or remove the message"
-    if before and before["role"] == message["role"]:
-        return f"two {message['role']} turns in a row; join them"
-    if before and message["role"] == "system":
-        return "a system turn must come first; move it to the top"
-    if not before and message["role"] == "assistant":
-        return "the assistant speaks first; begin with a user turn"
-    return None
+        return shapes.conversation(item.value)
+    except shapes.ShapeError as error:
+        return Fault(item.where, str(error))

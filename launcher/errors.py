@@ -21,6 +21,10 @@ class UserError(Exception):
         self.faults = faults
 
 
+class IntegrityError(Exception):
+    """What was just written is not what was trained. Never the user's fault; one line, exit code 1."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint naming the closest of `valid`, or all of them: `did you mean lora?` or `choose from: a, b`."""
     valid = list(valid)
@@ -30,7 +34,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def run_main(main: Callable[[list[str]], int]) -> None:
-    """Run a command and leave with its exit code; a `UserError` becomes lines on stderr and exit code 2."""
+    """Run a command and leave with its exit code; the two errors of this module become lines on stderr."""
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
@@ -39,6 +43,9 @@ def run_main(main: Callable[[list[str]], int]) -> None:
             for fault in error.faults:
                 print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    except IntegrityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_OURS)
     except KeyboardInterrupt:
         print("\nstopped: nothing was left half-written", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

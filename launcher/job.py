@@ -9,34 +9,55 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from launcher import checkpoint, data, methods, models
+from launcher import checkpoint, gate, methods, models
+from launcher.batches import each_alone, is_packing_cheaper, micro_batches, order, pack
 from launcher.catalogue import ModelCard, card
 from launcher.config import Config
-from launcher.encoding import Example, encode
+from launcher.encoding import Example
 from launcher.errors import UserError
 from launcher.hardware import detect
 from launcher.loss import Trainee
+from launcher.material import Material
 from launcher.plan import num_steps, resolve_dtype, split_batch
 from launcher.weights import Weights
 
 
 @dataclass
 class Job:
-    """What the phases of one training share."""
+    """What the phases of one training share. `start` has digests of the trained tensors before the first step."""
 
     config: Config
     accelerator: Accelerator
-    tokenizer: Any
-    train: list[Example]
-    held_out: list[Example]
-    micro: int
-    steps: int
-    splits: data.Splits
+    material: Material
     weights: Weights
     card: ModelCard
+    micro: int
+    steps: int
+    shape: models.Shape
+    is_packed: bool
     model: Any = None
     optimizer: Any = None
     parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    start: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, with the template that is trained."""
+        return self.material.tokenizer
+
+    @property
+    def peft_model(self) -> Any:
+        """The `PeftModel` inside all wrappers."""
+        return self.accelerator.unwrap_model(self.model).model
+
+    @property
+    def quadratic(self) -> float:
+        """The length at which attention costs a token as much as its matrices do (see `batches.cost`)."""
+        return 6.0 * self.shape.width
+
+    def rows(self, micro: list[Example]) -> list[list[Example]]:
+        """How the examples of a micro-batch lie in rows."""
+        return pack(micro, self.quadratic) if self.is_packed else each_alone(micro)
 
     @property
     def inner_optimizer(self) -> Any:
@@ -95,32 +116,49 @@ def _without_compiler() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def load_data(config: Config, accelerator: Accelerator, weights: Weights, splits: data.Splits) -> Job:
-    """Tokenise; every process does the same."""
-    known = card(config.model.name)
-    tokenizer = models.load_tokenizer(weights.path, known.template)
-    longest = min(config.data.max_length, models.context_length(weights.path))
-    examples = encode(tokenizer, splits.train, longest)
-    return Job(
+def assemble(config: Config, accelerator: Accelerator, weights: Weights, material: Material) -> Job:
+    """Everything but the model. Raises `UserError` for packing that this model cannot do exactly."""
+    job = Job(
         config=config,
         accelerator=accelerator,
-        tokenizer=tokenizer,
-        train=examples,
-        held_out=encode(tokenizer, splits.held_out, longest),
-        splits=splits,
-        micro=split_batch(config, accelerator.num_processes)[0],
-        steps=num_steps(config, len(examples)),
+        material=material,
         weights=weights,
-        card=known,
+        card=card(config.model.name),
+        micro=split_batch(config, accelerator.num_processes)[0],
+        steps=num_steps(config, len(material.train)),
+        shape=models.read_shape(weights.path),
+        is_packed=config.batch.packing is True,
     )
+    if job.is_packed and job.shape.is_local:
+        raise UserError("batch.packing: this model has layers that read a window only; try batch.packing=off")
+    if config.batch.packing == "auto" and not job.shape.is_local:
+        job.is_packed = is_packing_cheaper(sample_micros(job), job.quadratic)
+    return job
+
+
+def global_batch(job: Job, step: int) -> list[Example]:
+    """The examples of a step, over all processes: always `batch.size` of them."""
+    indices = order(len(job.material.train), job.config.batch.size, step, job.config.run.seed)
+    return [job.material.train[i] for i in indices]
+
+
+def sample_micros(job: Job, num_steps: int = 20) -> list[list[Example]]:
+    """The micro-batches of the first steps, of all processes: what the cost of padding is judged by."""
+    world = job.accelerator.num_processes
+    steps = [global_batch(job, step) for step in range(min(num_steps, job.steps))]
+    return [m for batch in steps for rank in range(world) for m in micro_batches(batch, rank, world, job.micro)]
 
 
 def load_model(job: Job) -> None:
     """Base, adapter and optimizer, prepared by accelerate for the strategy that was launched."""
     config, accelerator = job.config, job.accelerator
     base = models.load_base(job.weights.path, job.dtype, config.quant, accelerator.device)
+    if config.model.gradient_checkpointing:
+        models.checkpoint_gradients(base)
     torch.manual_seed(config.run.seed)
-    trainee = Trainee(methods.attach(base, config.adapter)).train()
+    trainee = Trainee(methods.attach(base, config.adapter, job.material.train)).train()
+    if accelerator.is_main_process:
+        job.start = gate.digests(methods.trainable(trainee)) | gate.digests(methods.saved_tensors(trainee.model))
     optimizer = make_optimizer(config, trainee)
     with models.quiet():
         job.model, job.optimizer = accelerator.prepare(trainee, optimizer)
@@ -129,7 +167,7 @@ def load_model(job: Job) -> None:
 
 def make_optimizer(config: Config, trainee: Trainee) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101); the paged one keeps its states in memory that the GPU may page out."""
-    parameters = list(methods.trainable(trainee).values())
+    parameters = _groups(methods.trainable(trainee), config.optim.lora_plus)
     options: dict[str, Any] = {"lr": config.optim.lr, "weight_decay": config.optim.weight_decay}
     if config.optim.name == "paged_adamw":
         from bitsandbytes.optim import PagedAdamW32bit
@@ -138,6 +176,13 @@ def make_optimizer(config: Config, trainee: Trainee) -> torch.optim.Optimizer:
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         return PagedAdamW32bit(parameters, **options)
     return torch.optim.AdamW(parameters, **options)
+
+
+def _groups(parameters: dict[str, torch.nn.Parameter], ratio: float) -> list[dict[str, Any]]:
+    """Parameter groups with the `ratio` of their learning rate: LoRA+ (arXiv:2402.12354) lets B learn faster than A."""
+    fast = [parameter for name, parameter in parameters.items() if ratio != 1 and "lora_B" in name]
+    slow = [parameter for parameter in parameters.values() if not any(parameter is other for other in fast)]
+    return [{"params": slow, "ratio": 1.0}, *([{"params": fast, "ratio": ratio}] if fast else [])]
 
 
 def check_strategy(job: Job) -> None:
@@ -158,7 +203,8 @@ def save_checkpoint(job: Job, step: int) -> None:
     if job.accelerator.is_main_process:
         config = job.config
         position = step * config.batch.size
-        checkpoint.write(config.run_dir, state, step=step, position=position, keep=config.run.keep)
+        start = {f"param/{name}": job.start[name] for name in job.parameters}
+        checkpoint.write(config.run_dir, state, start, step=step, position=position, keep=config.run.keep)
     job.accelerator.wait_for_everyone()
 
 

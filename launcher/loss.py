@@ -5,15 +5,14 @@ the head sees only the positions that carry loss, a chunk at a time, and because
 hidden states is computed in the forward pass: no logits are ever kept.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from transformers import PreTrainedModel
 
-from launcher.batches import collate
-from launcher.encoding import Example, count_trained
+from launcher.methods import prefix_cache
 
 CHUNK = 256
 
@@ -46,26 +45,37 @@ class FrozenHeadLoss(torch.autograd.Function):
 class Trainee(torch.nn.Module):
     """The module that is trained: a batch in, its summed loss out."""
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-        """`input_ids`, `attention_mask` int64 [B, L], `trained` bool [B, L] -> fp32 sum of the loss, in nats.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        documents: torch.Tensor,
+        trained: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What `batches.collate` makes, [B, L] each -> fp32 sum of the loss, in nats.
 
         Position t predicts token t + 1, so it is token t + 1 that must be `trained`.
         """
-        base = self.model.get_base_model()
-        hidden = base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        prefix = prefix_cache(self.model, len(input_ids))
+        num_prefix = prefix.get_seq_length() if prefix else 0
+        reads = documents.clamp(max=1) if positions is None else _within_documents(documents)
+        hidden = base.get_decoder()(
+            input_ids=input_ids,
+            attention_mask=F.pad(reads, (num_prefix, 0), value=1),
+            position_ids=None if positions is None else positions + num_prefix,
+            past_key_values=prefix,
+            use_cache=prefix is not None,
+        )[0]
         predicts = trained[:, 1:]
         return FrozenHeadLoss.apply(hidden[:, :-1][predicts], input_ids[:, 1:][predicts], base.get_output_embeddings())
 
 
-@torch.no_grad()
-def summed(
-    trainee: Callable[..., torch.Tensor], examples: list[Example], micro: int, device: torch.device
-) -> tuple[float, int]:
-    """(sum of the loss in nats, number of trained tokens) of `examples`, `micro` of similar length at a time."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    parts = [ordered[first : first + micro] for first in range(0, len(ordered), micro)]
-    return sum(trainee(**collate(part, device)).item() for part in parts), count_trained(examples)
+def _within_documents(documents: torch.Tensor) -> torch.Tensor:
+    """Document numbers [B, L] -> bool [B, 1, L, L]: a token reads its own document up to itself, and no other."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()

@@ -1,44 +1,133 @@
-"""The PEFT methods: what is attached to the frozen base, and how it is read back."""
+"""The PEFT methods: what is attached to the frozen base, and how it is read back. docs/methods.md compares them."""
 
-from pathlib import Path
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_kv_prefix_from_past_key_values,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD
 from torch.nn import Linear
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from launcher.config import Adapter
+from launcher.encoding import Example
 from launcher.errors import UserError
 from launcher.models import quiet
 
+# What PEFT calls the parameters of our methods.
+PARAMETER_NAMES = ("lora_", "ia3_", "prompt_encoder")
 
-def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
+
+def attach(base: PreTrainedModel, adapter: Adapter, examples: Sequence[Example] = ()) -> PeftModel:
     """A `PeftModel` whose adapter parameters are fp32 and trainable, the base frozen.
 
-    LoRA (arXiv:2106.09685): W x + (alpha / r) B A x, with B zero at the start, so training begins at the base model.
+    `examples` are what a prefix that starts from text is started from. Raises `UserError` for what this base cannot do.
     """
     _require_plain_logits(base)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets),
-        # GPT-2 keeps its weights transposed in Conv1D modules.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-    )
     try:
         with quiet():
-            model = get_peft_model(base, config)
+            model = get_peft_model(base, _peft_config(base, adapter))
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, Linear | Conv1D)})
         reason = str(error).splitlines()[0]
         raise UserError(f"adapter.targets: {reason}; choose from: all-linear, {', '.join(names)}") from None
     if any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters()):
         raise UserError("adapter.targets: the head stays frozen, the loss relies on it; try adapter.targets=all-linear")
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.float()
+    if adapter.method == "prefix" and adapter.start == "text":
+        _start_from_text(model, examples, adapter.num_tokens)
     return model
+
+
+def _peft_config(base: PreTrainedModel, adapter: Adapter) -> PeftConfig:
+    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    # GPT-2 keeps its weights transposed in Conv1D modules.
+    is_transposed = any(isinstance(module, Conv1D) for module in base.modules())
+    if adapter.method == "prefix":
+        return PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=adapter.num_tokens,
+            prefix_projection=adapter.projection,
+            encoder_hidden_size=base.config.hidden_size,
+        )
+    if adapter.method == "ia3":
+        # Full names for both: PEFT would save `all-linear` as full names and then not find the others among them.
+        scaled = _linears(base, None if adapter.targets == "all-linear" else adapter.targets)
+        inputs = _linears(base, adapter.feedforward or _feedforward(base))
+        return IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=scaled,
+            feedforward_modules=[name for name in inputs if name in scaled],
+            fan_in_fan_out=is_transposed,
+        )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        target_modules=targets,
+        fan_in_fan_out=is_transposed,
+    )
+
+
+def _linears(base: PreTrainedModel, endings: Sequence[str] | None) -> list[str]:
+    """The full names of the linear layers but the head, of all or of those whose name ends so."""
+    head = base.get_output_embeddings()
+    names = [name for name, m in base.named_modules() if isinstance(m, Linear | Conv1D) and m is not head]
+    if endings is None:
+        return names
+    if unknown := [end for end in endings if not any(f".{name}".endswith(f".{end}") for name in names)]:
+        raise ValueError(f"no module is named {unknown[0]}")
+    return [name for name in names if any(f".{name}".endswith(f".{end}") for end in endings)]
+
+
+def _feedforward(base: PreTrainedModel) -> Sequence[str]:
+    known = IA3_FEEDFORWARD.get(base.config.model_type)
+    if known is None:
+        raise UserError(
+            f"adapter.feedforward: not known for {base.config.model_type}; name the modules that end its feed-forward "
+            "blocks, for example adapter.feedforward=[down_proj]"
+        )
+    return known
+
+
+@torch.no_grad()
+def _start_from_text(model: PeftModel, examples: Sequence[Example], num_tokens: int) -> None:
+    """Fill the prefix with the keys and values that the base has after reading the first examples.
+
+    A random prefix is noise that attention must first learn to ignore; this one begins as a few-shot prompt.
+    """
+    ids = itertools.islice(itertools.chain.from_iterable(itertools.cycle([e.ids for e in examples])), num_tokens)
+    read = model.get_base_model()(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True)
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=read.past_key_values)
+
+
+def num_prefix(model: Any) -> int:
+    """How many positions the adapter takes at the head of every sequence: 0 but for prefix tuning."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config.num_virtual_tokens if config and config.is_prompt_learning else 0
+
+
+def prefix_cache(model: Any, batch_size: int) -> Cache | None:
+    """The trained keys and values, [batch, heads, tokens, head_dim] a layer, which a forward pass begins with.
+
+    None for every method but prefix tuning, and for a bare model.
+    """
+    return model.get_prompt(batch_size) if num_prefix(model) else None
 
 
 def _require_plain_logits(base: PreTrainedModel) -> None:
@@ -48,16 +137,14 @@ def _require_plain_logits(base: PreTrainedModel) -> None:
             raise UserError(f"this model scales its logits ({name}), which cannot be trained yet; try another MODEL")
 
 
-def check_folder(model: PeftModel, folder: Path) -> None:
-    """Assert that the adapter file holds exactly the tensors of this model: every key, no empty tensor, no NaN."""
-    saved = load_file(folder / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(model)
-    faults = [f"{name} is missing" for name in expected.keys() - saved.keys()]
-    faults += [f"{name} is unknown" for name in saved.keys() - expected.keys()]
-    faults += [f"{name} is empty" for name, tensor in saved.items() if tensor.numel() == 0]
-    faults += [f"{name} is not finite" for name, tensor in saved.items() if not torch.isfinite(tensor).all()]
-    if faults:
-        raise ValueError(f"{folder}: {len(faults)} bad tensors, the first: {sorted(faults)[0]}")
+def saved_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names that PEFT's files give them."""
+    return get_peft_model_state_dict(model)
+
+
+def saved_name(parameter: str) -> str:
+    """The name in PEFT's files of a trained parameter of a `PeftModel`."""
+    return "prompt_embeddings" if "prompt_encoder" in parameter else parameter.replace(".default", "")
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

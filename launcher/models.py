@@ -5,6 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,37 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
     return tokenizer
 
 
-def context_length(path: Path) -> int:
-    """The most tokens a model of this folder can read."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a model without its weights: the tokens it can read, and the width of its layers.
+
+    `is_local`: some layers read only a window of what came before.
+    """
+
+    context: int
+    width: int
+    is_local: bool
 
 
-def load_base(path: Path, dtype: str, quant: Quant, device: torch.device | str) -> PreTrainedModel:
-    """The frozen base model on `device`, in `dtype` or in four bits with `dtype` as compute type."""
+def read_shape(path: Path) -> Shape:
+    """The shape of the model in a folder."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    return Shape(
+        context=int(getattr(config, "max_position_embeddings", None) or sys.maxsize),
+        width=config.hidden_size,
+        is_local=any("sliding" in kind or "chunked" in kind for kind in kinds)
+        or bool(getattr(config, "sliding_window", None)),
+    )
+
+
+def load_base(
+    path: Path, dtype: str, quant: Quant, device: torch.device | str, *, is_served: bool = False
+) -> PreTrainedModel:
+    """The frozen base model on `device`, in `dtype` or in four bits with `dtype` as compute type.
+
+    A 4-bit base that `is_served` may use kernels that have no gradient.
+    """
     quantization = None
     if quant.bits:
         quantization = BitsAndBytesConfig(
@@ -78,4 +102,18 @@ def load_base(path: Path, dtype: str, quant: Quant, device: torch.device | str) 
             ) from None
     if quantization is None:
         model.to(device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and not (is_served and dtype == "bf16"):
+            # On some processors bitsandbytes repacks a weight for good when it is first used in eval mode. The packed
+            # kernel computes in bf16 and passes no gradient back: training after an evaluation would be silently wrong.
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, torch.nn.Dropout):
+            # What is dropped at random in a frozen base is noise and no lesson; the adapter has a dropout of its own.
+            module.p = 0.0
     return model.requires_grad_(False).eval()
+
+
+def checkpoint_gradients(base: PreTrainedModel) -> None:
+    """Keep no activations of the decoder's layers, compute them again in the backward pass (arXiv:1604.06174)."""
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()

@@ -1,5 +1,6 @@
 """What a run leaves behind and says: the manifest, the adapter, the first and the last lines."""
 
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -8,29 +9,81 @@ from typing import Any
 
 import torch
 
-from launcher import methods, models, rundir
-from launcher.chat import prompt_ids, stop_ids
-from launcher.job import Job, gather_state
+from launcher import checkpoint, gate, methods, models, preview, rundir
+from launcher.batches import each_alone, padding_share
+from launcher.held_out import Evaluation, answered, mean_loss
+from launcher.job import Job, gather_state, sample_micros
 from launcher.plan import notes
+from launcher.reload import load_adapter
 from launcher.report import Report, draw_loss
+from launcher.rundir import ADAPTER_FILE
 from launcher.variables import ROOT
 
+PROBE_LENGTH = 256
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "datasets")
 
 
 def save_adapter(job: Job) -> None:
-    """Write `adapter/` (fp32) and `tokenizer/`, then read the adapter file back and check every tensor."""
+    """Write `adapter/` (fp32) and `tokenizer/`; every process must call this together.
+
+    The adapter is written under another name, read back and held against what was trained. Raises `IntegrityError`.
+    """
     state = gather_state(job)
     if not job.accelerator.is_main_process:
         return
-    peft_model = job.accelerator.unwrap_model(job.model).model
-    tensors = {name.removeprefix("param/model."): t for name, t in state.items() if name.startswith("param/")}
+    run_dir, peft_model = job.config.run_dir, job.peft_model
     peft_model.peft_config["default"].base_model_name_or_path = job.card.hub or str(job.weights.path)
-    folder = job.config.run_dir / "adapter"
+    # The fp32 masters: an engine may compute with rounded copies.
+    for name, parameter in methods.trainable(peft_model).items():
+        parameter.data = state[f"param/model.{name}"].to(parameter.device)
+    part = run_dir / "adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
     with models.quiet():
-        peft_model.save_pretrained(folder, state_dict=tensors)
-    methods.check_folder(peft_model, folder)
-    job.tokenizer.save_pretrained(job.config.run_dir / "tokenizer")
+        peft_model.save_pretrained(part)
+    idle = {methods.saved_name(name.removeprefix("param/model.")) for name in checkpoint.idle(state)}
+    gate.check_file(part / ADAPTER_FILE, methods.saved_tensors(peft_model), job.start, idle)
+    shutil.rmtree(run_dir / "adapter", ignore_errors=True)
+    part.rename(run_dir / "adapter")
+    job.tokenizer.save_pretrained(run_dir / "tokenizer")
+
+
+def conclude(job: Job, report: Report, step: int) -> dict[str, Any]:
+    """Measure the whole held-out split, save, and let the reloaded adapter answer; the results for the manifest."""
+    job.model.eval()
+    num_held_out = len(job.material.held_out)
+    last = Evaluation(step, mean_loss(job, range(num_held_out)), num_held_out)
+    save_adapter(job)
+    reloaded, difference = check_reloaded(job)
+    if reloaded is not None:
+        last = answered(job, last, reloaded)
+    report.evaluation(last)
+    return {**last.record(), "reload_difference": difference}
+
+
+def check_reloaded(job: Job) -> tuple[Any, float]:
+    """Put the saved adapter on a fresh base and compare its logits with those of the live model, which is given up.
+
+    Returns the reloaded model and the largest difference (see `gate.check_logits`). Every process must call this
+    together; all but the first get (None, 0).
+    """
+    live = probe(job, job.peft_model) if job.accelerator.is_main_process else None
+    # Two bases at once may be one too many for the memory.
+    job.model = job.optimizer = None
+    job.parameters.clear()
+    job.accelerator.free_memory()
+    if live is None:
+        return None, 0.0
+    base = models.load_base(job.weights.path, job.dtype, job.config.quant, job.accelerator.device)
+    model = load_adapter(base, job.config.run_dir / "adapter")
+    return model, gate.check_logits(live, probe(job, model), job.dtype)
+
+
+@torch.no_grad()
+def probe(job: Job, model: Any) -> torch.Tensor:
+    """fp32 logits [1, L, vocabulary] of the first held-out example."""
+    ids = torch.from_numpy(job.material.held_out[0].ids[:PROBE_LENGTH].astype("int64"))[None]
+    with job.accelerator.autocast():
+        return model.eval()(input_ids=ids.to(job.accelerator.device)).logits.float().cpu()
 
 
 def describe(job: Job, command: str) -> dict[str, Any]:
@@ -46,12 +99,14 @@ def describe(job: Job, command: str) -> dict[str, Any]:
             "name": config.model.name,
             "id": job.weights.id,
             "revision": job.weights.revision,
+            "digest": job.weights.digest,
             "dtype": job.dtype,
             "quantisation": config.quant.type if config.quant.bits else None,
         },
-        "data": job.splits.fingerprint,
+        "data": job.material.splits.fingerprint,
         "template": job.tokenizer.chat_template,
-        "stop_ids": stop_ids(job.tokenizer),
+        "template_sha256": rundir.text_digest(job.tokenizer.chat_template),
+        "stop_ids": list(job.material.stop_ids),
         "training": {
             "strategy": job.strategy,
             "engine": type(job.model).__name__,
@@ -59,8 +114,9 @@ def describe(job: Job, command: str) -> dict[str, Any]:
             "micro_batch": job.micro,
             "accumulation": job.accelerator.gradient_accumulation_steps,
             "steps": job.steps,
-            "train_examples": len(job.train),
-            "held_out_examples": len(job.held_out),
+            "train_examples": len(job.material.train),
+            "held_out_examples": len(job.material.held_out),
+            "packing": job.is_packed,
             "trained_parameters": sum(p.numel() for p in job.parameters.values()),
         },
         "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in PACKAGES}},
@@ -86,37 +142,28 @@ def announce(job: Job, report: Report, step: int) -> None:
     trained = sum(parameter.numel() for parameter in job.parameters.values())
     batch = f"{job.micro} x {job.accelerator.gradient_accumulation_steps} x {world}"
     report.say(f"{config.model.name} + {config.adapter.method}: {trained:,} trained parameters -> {config.run_dir}")
-    report.say(
-        f"{len(job.train)} examples, {job.steps} steps of {config.batch.size} ({batch}), strategy {job.strategy}"
-    )
+    report.say(f"{job.steps} steps of {config.batch.size} examples ({batch}), strategy {job.strategy}, {packing(job)}")
     for note in notes(config, on_gpu=job.accelerator.device.type == "cuda"):
         report.say(f"note: {note}")
+    preview.show(report.console, job.material, config.data)
     if step:
         report.say(f"resumed after step {step} of {job.steps}")
 
 
+def packing(job: Job) -> str:
+    """How the examples of the first steps lie in their batches."""
+    micros = sample_micros(job)
+    padded = padding_share([each_alone(m) for m in micros])
+    if not job.is_packed:
+        return f"padded by {padded:.0%}"
+    return f"packed: {padding_share([job.rows(m) for m in micros]):.0%} padding instead of {padded:.0%}"
+
+
 def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
-    """Mark the run finished, show one answer it can give now, and say what to do next."""
+    """Mark the run finished and say what to do next."""
     run_dir = job.config.run_dir
     rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": results})
     draw_loss(run_dir)
-    question, answer = sample(job)
     name = rundir.make_argument(run_dir)
-    print(f"\nheld-out loss {results['held_out_loss']:.4f} nats a token, {results['wall_s']:.0f} s in all")
-    print(f"asked:    {question}\nanswered: {answer}\n")
-    print(f"saved to {run_dir}. Next:\n  make chat{name}    talk to it\n  make eval{name}    compare it with the base")
-
-
-@torch.no_grad()
-def sample(job: Job) -> tuple[str, str]:
-    """The first held-out question and the tuned model's greedy answer to it."""
-    messages = job.splits.held_out[0][:-1]
-    model = job.accelerator.unwrap_model(job.model).model.eval()
-    ids = torch.tensor([prompt_ids(job.tokenizer, messages)], device=job.accelerator.device)
-    room = min(96, models.context_length(job.weights.path) - ids.shape[1])
-    with models.quiet(), job.accelerator.autocast():
-        out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, do_sample=False,
-            eos_token_id=stop_ids(job.tokenizer), pad_token_id=0,
-        )  # fmt: skip
-    return messages[-1]["content"], job.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    print(f"\nsaved to {run_dir}, read back and equal, {results['wall_s']:.0f} s in all. Next:")
+    print(f"  make chat{name}    talk to it\n  make eval{name}    compare it with the base")

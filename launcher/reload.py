@@ -1,20 +1,23 @@
 """Read a finished run back: tokenizer, base and adapter, in the form in which they are measured or served."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from launcher import methods, models, rundir
+from launcher import gate, methods, models, rundir
 from launcher.catalogue import card
 from launcher.config import Config, check
 from launcher.errors import UserError
 from launcher.hardware import detect
 from launcher.models import quiet
+from launcher.rundir import ADAPTER_FILE
 from launcher.weights import fetch_again
 
 Hold = Literal["merged", "4bit", "adapters"]
@@ -41,6 +44,20 @@ class Reloaded:
         """The transformers model itself, with the adapter merged into its layers or living inside them."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    @property
+    def context(self) -> int:
+        """The most tokens that the model can read."""
+        return int(self.module.config.max_position_embeddings)
+
+    @contextlib.contextmanager
+    def untuned(self) -> Iterator["Reloaded"]:
+        """The same with its adapter out of the way; only for a run that is held beside its base."""
+        if methods.num_prefix(self.model):
+            yield replace(self, model=self.module)
+        else:
+            with self.model.disable_adapter():
+                yield self
+
 
 def open_run(run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *_: None) -> Reloaded:
     """Load a finished run. `hold` and `dtype` may be `auto`; `progress` is told (stage, done, total).
@@ -54,10 +71,11 @@ def open_run(run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *
         dtype = "bf16" if manifest["base"]["dtype"] == "bf16" and detect().has_bf16 else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     progress("fetching the base", 0, 3)
-    weights = fetch_again(card(config.model.name), manifest["base"]["revision"])
+    weights = fetch_again(card(config.model.name), manifest["base"])
     progress("loading the base", 1, 3)
     tokenizer = models.load_tokenizer(run_dir / "tokenizer", manifest["template"])
-    base = models.load_base(weights.path, dtype, config.quant, device)
+    rundir.require_template(manifest, tokenizer.chat_template)
+    base = models.load_base(weights.path, dtype, config.quant, device, is_served=True)
     progress("merging the adapter" if form == "merged" else "attaching the adapter", 2, 3)
     model = attach_saved(base, run_dir / "adapter", form, models.DTYPES[dtype])
     return Reloaded(config, tokenizer, model, form, dtype, tuple(manifest["stop_ids"]), manifest["data"])
@@ -66,7 +84,9 @@ def open_run(run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *
 def choose_hold(hold: str, method: str) -> Hold:
     """What `auto` means for this method; raises `UserError` where the asked form cannot be had."""
     if hold == "auto":
-        return "4bit" if method == "qlora" else "merged"
+        return "4bit" if method == "qlora" else "adapters" if method == "prefix" else "merged"
+    if hold == "merged" and method == "prefix":
+        raise UserError("HOLD=merged: a prefix is keys and values, which no weight can take in; try HOLD=adapters")
     if hold == "4bit" and method != "qlora":
         raise UserError(f"HOLD=4bit serves qlora runs, this is a {method} run; try HOLD=merged")
     assert hold in ("merged", "4bit", "adapters"), hold
@@ -74,20 +94,36 @@ def choose_hold(hold: str, method: str) -> Hold:
 
 
 def attach_saved(base: PreTrainedModel, folder: Path, hold: Hold, dtype: torch.dtype) -> Any:
-    """The base with its saved adapter, merged or beside it, not trainable; every tensor of the file is checked.
+    """The base with its saved adapter, merged or beside it.
 
     A 4-bit base is dequantised before a merge: that is the base that was trained. Rounding a merged weight back to four
     bits, or merging into the original base, would give another model.
     """
-    with quiet():
-        if hold == "merged" and getattr(base, "is_loaded_in_4bit", False):
+    if hold == "merged" and getattr(base, "is_loaded_in_4bit", False):
+        with quiet():
             base = base.dequantize().to(dtype)
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-        methods.check_folder(model, folder)
-        if hold == "merged":
+    model = load_adapter(base, folder)
+    if hold == "merged":
+        with quiet():
             return model.merge_and_unload(safe_merge=True).eval()
-    # PEFT loads an adapter in fp32; beside a bf16 base that would cost two casts a layer and a token.
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype)
+    # Beside a bf16 base an adapter in fp32 would cost two casts a layer and a token.
+    for parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The base with the adapter of `folder` in fp32, not trainable; raises `IntegrityError` unless the two fit wholly."""
+    with quiet():
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        # PEFT makes the vectors of IA3 in the dtype of the base and rounds the file to it.
+        for parameter in adapter_parameters(model):
+            parameter.data = parameter.data.float()
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
+    gate.check_file(folder / ADAPTER_FILE, methods.saved_tensors(model))
+    return model.eval()
+
+
+def adapter_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
+    """The parameters of a reloaded adapter."""
+    return [p for name, p in model.named_parameters() if any(kind in name for kind in methods.PARAMETER_NAMES)]

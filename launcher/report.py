@@ -6,12 +6,17 @@ import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+if TYPE_CHECKING:
+    from launcher.held_out import Evaluation
+
 LINE_EVERY_S = 15.0
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 
 class Report:
@@ -20,7 +25,8 @@ class Report:
     def __init__(self, run_dir: Path, num_steps: int, start: int, *, is_main: bool) -> None:
         self.console = Console(quiet=not is_main, highlight=False)
         self.num_steps = num_steps
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if is_main else None
+        self._run_dir = run_dir
+        self._file = (run_dir / METRICS).open("a", encoding="utf-8") if is_main else None
         if self._file and start:
             self._file.write("\n")  # whatever the earlier attempt left unfinished ends here
         self._last_line = time.monotonic()
@@ -50,6 +56,14 @@ class Report:
         """One plain line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
+    def evaluation(self, found: "Evaluation") -> None:
+        """Tell and record one evaluation."""
+        if self._file:
+            with (self._run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found.record(), ensure_ascii=False) + "\n")
+        for line in found.lines():
+            self.say(line)
+
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Record one step: `loss` in nats a token, `tokens_per_s` over all processes, and whatever else was measured."""
         if self._file:
@@ -67,8 +81,17 @@ class Report:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, one a step; where a resumed run did a step again, the later one."""
+    return _read_by_step(run_dir / METRICS)
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl, in the same way."""
+    return _read_by_step(run_dir / EVALUATIONS) if (run_dir / EVALUATIONS).exists() else []
+
+
+def _read_by_step(path: Path) -> list[dict[str, Any]]:
     by_step = {}
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         # A line torn by a crash is not worth a run.
         with contextlib.suppress(ValueError):
             record = json.loads(line)
@@ -77,7 +100,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def draw_loss(run_dir: Path) -> Path:
-    """loss.png from metrics.jsonl: loss in nats a token over steps."""
+    """loss.png: loss in nats a token over steps, of the batches and of the held-out examples."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +108,10 @@ def draw_loss(run_dir: Path) -> Path:
 
     records = read_metrics(run_dir)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2)
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2, label="training batch")
+    held_out = read_evaluations(run_dir)
+    axes.plot([r["step"] for r in held_out], [r["loss"] for r in held_out], "o-", markersize=4, label="held out")
+    axes.legend()
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.name, yscale="log")
     axes.grid(visible=True, which="both", alpha=0.25)
     figure.savefig(run_dir / "loss.png", dpi=120)

@@ -8,6 +8,7 @@ checkpoints/        see `checkpoint`
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,10 +19,20 @@ from launcher.config import Config, default_run_dir
 from launcher.errors import UserError
 from launcher.variables import DEFAULT_MODEL, DEFAULT_PEFT
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "run.json"
+ADAPTER_FILE = "adapter_model.safetensors"
 # A run may go on with these changed: they do not change what is learned.
-FREE = ("batch.micro", "parallel.strategy", "run.dir", "run.checkpoint_every", "run.keep")
+FREE = (
+    "batch.micro",
+    "parallel.strategy",
+    "run.dir",
+    "run.checkpoint_every",
+    "run.keep",
+    "eval.every",
+    "eval.examples",
+    "eval.answers",
+)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -37,6 +48,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
     """Write `run.json`."""
     write_atomically(run_dir / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def text_digest(text: str) -> str:
+    """The SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -59,6 +75,17 @@ def read_finished(run_dir: Path) -> dict[str, Any]:
     if manifest["state"] != "finished":
         raise UserError(f"{run_dir} is not finished ({manifest['state']}); finish it with: {manifest['command']}")
     return manifest
+
+
+def require_template(manifest: dict[str, Any], template: str) -> None:
+    """Raise `UserError` unless this is the chat template that was trained."""
+    was = manifest["template_sha256"]
+    for name, text in (("tokenizer/", template), (MANIFEST, manifest["template"])):
+        if (now := text_digest(text)) != was:
+            raise UserError(
+                f"the chat template in {name} has changed since it was trained: its digest was {was}, is now {now}; "
+                "put it back, or train again: RUN=another"
+            )
 
 
 def _runs_hint(run_dir: Path) -> str:

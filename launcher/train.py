@@ -1,6 +1,6 @@
 """The program every process runs: `python -m launcher.train`, or under `accelerate launch … -m launcher.train`.
 
-`train` is the whole story, top to bottom: data -> model -> prepare -> (step | checkpoint | stop?) -> measure -> save.
+`train` is the whole story, top to bottom: data -> model -> prepare -> (step | checkpoint | stop? | evaluate) -> save -> verify.
 """
 
 import contextlib
@@ -12,13 +12,25 @@ from typing import Any
 
 import torch
 
-from launcher import batches, checkpoint, data, outcome, rundir
+from launcher import checkpoint, data, outcome, rundir
+from launcher.batches import collate, micro_batches
 from launcher.catalogue import card
 from launcher.config import Config, load
 from launcher.encoding import Example, count_trained
 from launcher.errors import EXIT_STOPPED, UserError, run_main
-from launcher.job import Job, check_strategy, load_data, load_model, save_checkpoint, start_processes, world_size
-from launcher.loss import summed
+from launcher.held_out import evaluate
+from launcher.job import (
+    Job,
+    assemble,
+    check_strategy,
+    global_batch,
+    load_model,
+    save_checkpoint,
+    start_processes,
+    world_size,
+)
+from launcher.material import load_material
+from launcher.models import read_shape
 from launcher.plan import choose_strategy
 from launcher.report import Report
 from launcher.variables import parse
@@ -51,15 +63,17 @@ def main(args: list[str]) -> int:
     splits = data.read(config.data)
     if before:
         splits.require(before["data"], config.data.source)
-        weights = fetch_again(card(config.model.name), before["base"]["revision"])
+        weights = fetch_again(card(config.model.name), before["base"])
     else:
         weights = fetch(card(config.model.name), config.model.revision)
+    material = load_material(config, splits, weights.path, read_shape(weights.path).context)
     accelerator = start_processes(config)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(rundir.locked(config.run_dir))
-        job = load_data(config, accelerator, weights, splits)
-        return train(job, shlex.join(["python", "-m", "launcher.train", *args]))
+        return train(
+            assemble(config, accelerator, weights, material), shlex.join(["python", "-m", "launcher.train", *args])
+        )
 
 
 def train(job: Job, command: str) -> int:
@@ -75,6 +89,8 @@ def train(job: Job, command: str) -> int:
         rundir.write_manifest(config.run_dir, manifest)
     with Report(config.run_dir, job.steps, step, is_main=accelerator.is_main_process) as report:
         outcome.announce(job, report, step)
+        first = evaluate(job, step)
+        report.evaluation(first)
         while step < job.steps:
             metrics = train_step(job, step)
             step += 1
@@ -84,10 +100,12 @@ def train(job: Job, command: str) -> int:
                 save_checkpoint(job, step)
             if stopping:
                 return end_stopped(job, manifest, report, step)
-    held_out = held_out_loss(job)
-    outcome.save_adapter(job)
+            if step % config.eval.every == 0 and step < job.steps:
+                report.evaluation(evaluate(job, step))
+        last = outcome.conclude(job, report, step)
+    results = {"start": first.record(), **last, "wall_s": round(time.monotonic() - started, 1)}
     if accelerator.is_main_process:
-        outcome.finish(job, manifest, {"held_out_loss": held_out, "wall_s": round(time.monotonic() - started, 1)})
+        outcome.finish(job, manifest, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
@@ -130,7 +148,7 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     torch.manual_seed((config.run.seed << 32) + step * world + accelerator.process_index)
     lr = learning_rate(config, step, job.steps)
     for group in job.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["ratio"]
     batch = global_batch(job, step)
     num_tokens, num_trained = sum(len(example.ids) for example in batch), count_trained(batch)
     scale = world * accelerator.gradient_accumulation_steps / max(1, num_trained)
@@ -147,19 +165,14 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     }
 
 
-def global_batch(job: Job, step: int) -> list[Example]:
-    """The examples of a step, over all processes: always `batch.size` of them."""
-    return [job.train[i] for i in batches.order(len(job.train), job.config.batch.size, step, job.config.run.seed)]
-
-
 def run_batch(job: Job, batch: list[Example], scale: float) -> tuple[torch.Tensor, float]:
     """This process's share of one optimizer step: (its summed loss, the norm of the gradient before clipping)."""
     accelerator = job.accelerator
     total = torch.zeros((), device=accelerator.device)
     norm: Any = None
-    for micro in batches.micro_batches(batch, accelerator.process_index, accelerator.num_processes, job.micro):
+    for micro in micro_batches(batch, accelerator.process_index, accelerator.num_processes, job.micro):
         with accelerator.accumulate(job.model):
-            loss = job.model(**batches.collate(micro, accelerator.device))
+            loss = job.model(**collate(job.rows(micro), accelerator.device))
             accelerator.backward(loss * scale)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(job.parameters.values(), job.config.optim.clip)
@@ -173,17 +186,6 @@ def is_stop_agreed(job: Job, stop: StopFlag) -> bool:
     """Whether any process was told to stop; all of them get the same answer."""
     flag = torch.tensor(float(stop.is_set), device=job.accelerator.device)
     return job.accelerator.reduce(flag, "sum").item() > 0
-
-
-def held_out_loss(job: Job) -> float:
-    """Mean loss in nats a trained token of the held-out examples, shared out over the processes."""
-    job.model.eval()
-    accelerator = job.accelerator
-    mine = job.held_out[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast():
-        share = summed(job.model, mine, job.micro, accelerator.device)
-    sums = accelerator.reduce(torch.tensor(share, dtype=torch.float64, device=accelerator.device), "sum")
-    return (sums[0] / sums[1]).item()
 
 
 def end_stopped(job: Job, manifest: dict[str, Any], report: Report, step: int) -> int:

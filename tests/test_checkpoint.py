@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from launcher import checkpoint
+from launcher import checkpoint, gate
+from launcher.errors import IntegrityError
 
 
 def train(optimizer, parameters, steps, first=0):
@@ -30,7 +31,7 @@ def test_a_resumed_run_is_bit_identical(kind, tmp_path):
     parameters, optimizer = fresh(kind)
     train(optimizer, parameters, 3)
     state = checkpoint.gather(parameters, optimizer, sharded=False)
-    checkpoint.write(tmp_path, state, step=3, position=48, keep=2)
+    checkpoint.write(tmp_path, state, {}, step=3, position=48, keep=2)
     train(optimizer, parameters, 6, first=3)
 
     again, other = fresh(kind)
@@ -42,9 +43,9 @@ def test_a_resumed_run_is_bit_identical(kind, tmp_path):
 
 
 def test_the_newest_that_verifies_is_taken_and_the_others_named(tmp_path):
-    state = {"param/a": torch.arange(10.0)}
+    state = {"param/a": torch.arange(10.0), "exp_avg_sq/a": torch.ones(10)}
     for step in (1, 2, 3, 4):
-        checkpoint.write(tmp_path, state, step=step, position=step, keep=4)
+        checkpoint.write(tmp_path, state, {}, step=step, position=step, keep=4)
     root = tmp_path / "checkpoints"
     damaged = root / "step-00004" / "state.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
@@ -56,7 +57,39 @@ def test_the_newest_that_verifies_is_taken_and_the_others_named(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
+    state = {"param/a": torch.zeros(1), "exp_avg_sq/a": torch.ones(1)}
     for step in (1, 2, 3):
-        checkpoint.write(tmp_path, {"param/a": torch.zeros(1)}, step=step, position=step, keep=2)
+        checkpoint.write(tmp_path, state, {}, step=step, position=step, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00002", "step-00003"]
     assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda t: {**t, "param/a": torch.zeros(0)}, "param/a is empty"),
+        (lambda t: {**t, "param/a": torch.full((4,), float("nan"))}, "param/a is not finite"),
+        (lambda t: {"param/a": t["param/a"]}, "exp_avg_sq/a is missing"),
+        (lambda t: {**t, "param/a": torch.zeros(4)}, "param/a has not changed since the start and 1 more"),
+    ],
+    ids=["empty", "nan", "missing", "unchanged"],
+)
+def test_a_damaged_save_is_noticed_and_the_one_before_it_kept(tmp_path, monkeypatch, damage, says):
+    start = gate.digests({"param/a": torch.zeros(4)})
+    state = {"param/a": torch.ones(4), "exp_avg_sq/a": torch.ones(4)}
+    checkpoint.write(tmp_path, state, start, step=1, position=1, keep=2)
+    save = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, file: save(damage(tensors), file))
+    with pytest.raises(IntegrityError, match=says):
+        checkpoint.write(tmp_path, state, start, step=2, position=2, keep=2)
+    assert checkpoint.newest(tmp_path)[0].step == 1
+
+
+def test_a_parameter_without_a_gradient_may_stand_still_but_not_all_of_them():
+    tensors = {
+        "param/a": torch.zeros(4),
+        "param/b": torch.ones(4),
+        "exp_avg_sq/a": torch.zeros(4),
+        "exp_avg_sq/b": torch.ones(4),
+    }
+    assert checkpoint.idle(tensors) == ["param/a"]

@@ -58,7 +58,7 @@ def test_a_typo_in_any_option_names_the_right_one(path):
 
 @pytest.mark.parametrize("method", shipped("peft"))
 def test_a_resolved_configuration_reads_back_the_same(method):
-    config = load(parse([f"PEFT={method}", "adapter.targets=[q_proj]"]))
+    config = load(parse([f"PEFT={method}", *([] if method == "prefix" else ["adapter.targets=[q_proj]"])]))
     assert check(config.model_dump(mode="json")) == config
 
 

@@ -31,7 +31,7 @@ def test_every_fault_is_told_with_its_line(tmp_path):
         tmp_path,
         GOOD,
         "{not json",
-        {"text": "no messages"},
+        {"texts": "no messages"},
         talk(("user", "a"), ("user", "b")),
         talk(("user", "a"), ("assistant", "  ")),
         talk(("robot", "a")),
@@ -44,9 +44,22 @@ def test_every_fault_is_told_with_its_line(tmp_path):
     assert "two user turns" in faults[2]
 
 
-def test_not_text_and_empty_files(tmp_path):
-    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00junk")
-    assert "not UTF-8" in faults_of(str(tmp_path / "data.jsonl"))[0]
+def test_the_embedded_task_is_known_by_its_shape_and_places():
+    splits = data.read(Data(limit=7))
+    assert splits.shapes == {"messages": 2200}
+    assert splits.train_places == tuple(f"cafe:{n}" for n in range(1, 8))
+    assert len(splits.held_out_places) == len(splits.held_out) == 200
+
+
+def test_every_example_keeps_its_place(tmp_path):
+    source = write(tmp_path, *({"prompt": f"q{n}", "completion": "a"} for n in range(1, 51)))
+    splits = data.read(Data(source=source, limit=30))
+    assert (len(splits.train), len(splits.held_out)) == (30, 5)
+    for places, split in ((splits.train_places, splits.train), (splits.held_out_places, splits.held_out)):
+        assert places == tuple(f"{source}:{messages[0]['content'][1:]}" for messages in split)
+
+
+def test_empty_files(tmp_path):
     assert "no examples" in faults_of(write(tmp_path, ""))[0]
     assert "leave none to train on" in faults_of(write(tmp_path, GOOD))[0]
 

@@ -1,26 +1,31 @@
 """The chunked loss on trained positions equals the plain one on full logits: value and gradients, both architectures."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from launcher import methods
-from launcher.batches import collate
-from launcher.config import Adapter
+from launcher import methods, models
+from launcher.batches import collate, each_alone
+from launcher.config import Adapter, Quant
 from launcher.encoding import Example
 from launcher.errors import UserError
 from launcher.loss import CHUNK, Trainee
 
 
 def batch(num_rows, length):
+    return collate(each_alone(some_examples(num_rows, length)))
+
+
+def some_examples(num_rows, length):
     generator = torch.Generator().manual_seed(1)
     examples = []
     for row in range(num_rows):
         n = length - row % 7
         ids = torch.randint(3, 600, (n,), generator=generator).tolist()
-        examples.append(Example(ids, [position > n // 3 for position in range(n)]))
-    return collate(examples)
+        examples.append(Example(np.array(ids, np.int32), np.arange(n) > n // 3))
+    return examples
 
 
 @pytest.mark.parametrize("method_args", [{}, {"r": 4, "targets": "all-linear"}])
@@ -38,7 +43,7 @@ def test_value_and_gradients_equal_the_plain_loss(tiny, method_args):
     model.zero_grad()
 
     labels = inputs["input_ids"].masked_fill(~inputs["trained"], -100)
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["documents"]).logits
     plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
     plain.backward()
 
@@ -63,3 +68,50 @@ def test_only_the_adapter_is_trained_and_it_starts_at_the_base(tiny):
         model = methods.attach(base, Adapter())
         assert torch.equal(model(input_ids=inputs["input_ids"]).logits, before)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in methods.trainable(model).items())
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "prefix"])
+def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(tiny, method):
+    examples = some_examples(8, 64)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    model = methods.attach(base, Adapter(method=method), examples)
+    for parameter in methods.trainable(model).values():
+        torch.nn.init.normal_(parameter, mean=1.0 if method == "ia3" else 0.0, std=0.1)
+    results = []
+    for rows in (each_alone(examples), [examples[:3], examples[3:5], examples[5:]]):
+        model.zero_grad()
+        loss = Trainee(model)(**collate(rows))
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in methods.trainable(model).values()]))
+    (padded, one), (packed, other) = results
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-3)
+    for left, right in zip(one, other, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny):
+    inputs = batch(4, 48)
+    gradients = []
+    for is_on in (False, True):
+        base = models.load_base(tiny, "fp32", Quant(), "cpu")
+        if is_on:
+            models.checkpoint_gradients(base)
+        torch.manual_seed(0)
+        trainee = Trainee(methods.attach(base, Adapter())).train()
+        assert any(getattr(m, "gradient_checkpointing", False) and m.training for m in base.modules()) is is_on
+        for name, parameter in methods.trainable(trainee).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        trainee(**inputs).backward()
+        gradients.append([p.grad for p in methods.trainable(trainee).values()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_a_frozen_base_forgets_nothing_at_random(tmp_path):
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    assert config.resid_pdrop > 0
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    trainee = Trainee(methods.attach(models.load_base(tmp_path, "fp32", Quant(), "cpu"), Adapter())).train()
+    inputs = {**batch(2, 16), "input_ids": torch.ones(2, 16, dtype=torch.long)}
+    assert trainee(**inputs) == trainee(**inputs)

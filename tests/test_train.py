@@ -56,7 +56,7 @@ def test_an_evaluation_measures_the_base_and_the_run(tiny_llama, tmp_path):
     assert measured["examples"] == len(measured["tuned"]["samples"]) == 200
     assert measured["tuned"]["loss"] < measured["base"]["loss"]
     # The same held-out loss that the training told at its end.
-    assert measured["tuned"]["loss"] == pytest.approx(manifest(run)["results"]["held_out_loss"], abs=1e-3)
+    assert measured["tuned"]["loss"] == pytest.approx(manifest(run)["results"]["loss"], abs=1e-3)
     refused = run_python("-m", "launcher", "eval", f"RUN={run}", "DATA=cafe")
     assert refused.returncode == 2
     assert "RUN=" in refused.stderr
@@ -139,7 +139,12 @@ def test_a_finished_run_is_never_overwritten_and_a_changed_one_not_resumed(tmp_p
     from launcher.variables import parse
 
     config = load(parse([f"RUN={run}"]))
-    record = {"format": 1, "state": "finished", "command": "make train", "config": config.model_dump(mode="json")}
+    record = {
+        "format": rundir.FORMAT,
+        "state": "finished",
+        "command": "make train",
+        "config": config.model_dump(mode="json"),
+    }
     rundir.write_manifest(run, record)
     done = run_python("-m", "launcher", "train", f"RUN={run}")
     assert done.returncode == 2

@@ -1,0 +1,93 @@
+"""The evaluations during a run: held-out loss over all processes, and a few answers of the model as it is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from launcher import measure
+from launcher.chat import prompt_ids
+from launcher.job import Job
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss in nats a trained token, over `examples` held-out examples; greedy answers to the first few of them.
+
+    `asked`, `wanted` and `answered` show one answer; `exact_match` is the share of `answers` that are right to the letter.
+    All of it is None for plain text.
+    """
+
+    step: int
+    loss: float
+    examples: int
+    answers: int = 0
+    exact_match: float | None = None
+    asked: str | None = None
+    wanted: str | None = None
+    answered: str | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss: among how many tokens the model is as undecided as between equals."""
+        return math.exp(min(self.loss, 700.0))
+
+    def record(self) -> dict[str, Any]:
+        """As it is written to evaluations.jsonl and into the manifest."""
+        return {**asdict(self), "perplexity": self.perplexity}
+
+    def lines(self) -> list[str]:
+        """As it is told to a person."""
+        exact = f", {self.exact_match:.0%} of {self.answers} answers exact" if self.exact_match is not None else ""
+        told = [f"step {self.step}: held-out loss {self.loss:.4f}, perplexity {self.perplexity:.4g}{exact}"]
+        if self.asked is not None:
+            told += [f"  asked:    {self.asked}", f"  answered: {self.answered}"]
+        return told
+
+
+def evaluate(job: Job, step: int) -> Evaluation:
+    """Measure a part of the held-out split with the model as it is. Every process must call this together."""
+    job.model.eval()
+    loss = mean_loss(job, part(job))
+    found = Evaluation(step, loss, len(part(job)))
+    if job.accelerator.is_main_process:
+        found = answered(job, found, job.peft_model)
+    job.accelerator.wait_for_everyone()
+    job.model.train()
+    return found
+
+
+def part(job: Job) -> list[int]:
+    """`eval.examples` of the held-out split: the longest, which shows what memory it takes, and the first ones."""
+    lengths = [len(example.ids) for example in job.material.held_out]
+    longest = lengths.index(max(lengths))
+    others = [i for i in range(len(lengths)) if i != longest]
+    return [longest, *others[: job.config.eval.examples - 1]]
+
+
+def mean_loss(job: Job, chosen: Sequence[int]) -> float:
+    """Mean loss in nats a trained token of these held-out examples, shared out over the processes."""
+    accelerator = job.accelerator
+    mine = [job.material.held_out[i] for i in chosen[accelerator.process_index :: accelerator.num_processes]]
+    with accelerator.autocast():
+        share = measure.summed_loss(job.model, mine, job.micro, accelerator.device)
+    sums = accelerator.reduce(torch.tensor(share, dtype=torch.float64, device=accelerator.device), "sum")
+    return (sums[0] / sums[1]).item()
+
+
+def answered(job: Job, found: Evaluation, model: Any) -> Evaluation:
+    """The evaluation with the answers of `model` to the first held-out questions."""
+    asked = [m for m in job.material.splits.held_out if measure.has_answer(m)][: job.config.eval.answers]
+    # What was too long to train on is not asked either.
+    asked = [m for m in asked if len(prompt_ids(job.tokenizer, m[:-1])) < job.material.longest]
+    if not asked:
+        return found
+    with job.accelerator.autocast():
+        said = measure.answer(model.eval(), job.tokenizer, asked, job.material.stop_ids)
+    right = [messages[-1]["content"] for messages in asked]
+    return replace(
+        found, answers=len(asked), exact_match=measure.share_exact(said, right),
+        asked=asked[0][-2]["content"], wanted=right[0], answered=said[0],
+    )  # fmt: skip

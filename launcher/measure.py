@@ -1,0 +1,71 @@
+"""Measuring on held-out examples: mean loss, greedy answers, the share that is exact."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from launcher import methods, models
+from launcher.batches import collate, each_alone
+from launcher.chat import TEXT, Message, prompt_ids
+from launcher.encoding import Example, count_trained
+
+# Room beyond the longest right answer: an answer that needs more is wrong anyway.
+MARGIN = 16
+
+
+@torch.no_grad()
+def summed_loss(
+    trainee: Callable[..., torch.Tensor], examples: Sequence[Example], micro: int, device: torch.device
+) -> tuple[float, int]:
+    """(sum of the loss in nats, number of trained tokens) of `examples`, `micro` of similar length at a time."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    parts = [ordered[first : first + micro] for first in range(0, len(ordered), micro)]
+    return sum(trainee(**collate(each_alone(part), device)).item() for part in parts), count_trained(ordered)
+
+
+def has_answer(messages: list[Message]) -> bool:
+    """Whether a conversation asks for something; plain text does not."""
+    return messages[-1]["role"] != TEXT
+
+
+def answer(model: Any, tokenizer: Any, asked: Sequence[list[Message]], stop_ids: Sequence[int]) -> list[str]:
+    """Greedy answers to conversations, in place of their last turn and little longer than the longest of those."""
+    right = [messages[-1]["content"] for messages in asked]
+    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in right)
+    prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in asked]
+    return tokenizer.batch_decode(generate(model, prompts, longest + MARGIN, stop_ids), skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: Sequence[list[int]], max_tokens: int, stop_ids: Sequence[int]) -> torch.Tensor:
+    """Greedy continuations int64 [B, <= max_tokens] of a left-padded batch, `model` bare or with its adapter."""
+    num_prefix = methods.num_prefix(model)
+    module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    length = num_prefix + max(map(len, prompts))
+    # Where a prefix lies in the cache, `generate` still wants ids for its positions; it does not read them.
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    mask[:, :num_prefix] = 1
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    room = module.config.max_position_embeddings - length
+    with models.quiet():
+        out = module.generate(
+            input_ids=ids.to(module.device), attention_mask=mask.to(module.device), do_sample=False,
+            max_new_tokens=min(max_tokens, room), past_key_values=methods.prefix_cache(model, len(prompts)),
+            eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
+        )  # fmt: skip
+    return out[:, length:]
+
+
+def share_exact(said: Sequence[str], right: Sequence[str]) -> float:
+    """The share of answers that are right to the letter, but for space around them."""
+    return share(a.strip() == b.strip() for a, b in zip(said, right, strict=True))
+
+
+def share(values: Any) -> float:
+    """The share of true values, to four digits."""
+    values = list(values)
+    return round(sum(values) / len(values), 4)
