@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import re
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,8 +34,6 @@ NUM_WORDS = 3  # the columns before the numbers
 NOTHING = "—"
 # Nobody looks at a pipe: a run stays one line there.
 PIPE_WIDTH = 200
-MAX_SMOOTH = 10
-LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,20 @@ class Run:
 
 def main(args: list[str]) -> int:
     """`make compare RUNS="a b"`: print a table and draw the losses."""
-    runs = read_runs(run_dirs(args))
+    paths = run_dirs(args)
+    runs = read_runs(paths)
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     show(console, runs)
     for line in [*warnings(runs), *notes(runs)]:
         print(line)
-    print(f"drawn to {draw(runs)}. Next: {next_step(runs)}")
+    # What draws takes a second to load; bad input has been refused by now.
+    from launcher.plots import Curve, draw_curves
+
+    curves = {run.name: Curve(*points(run)) for run in runs}
+    picture = draw_curves(curves, paths[0].parent / f"compare-{'-'.join(path.resolve().name for path in paths)}")
+    print(f"drawn to {picture}. Next: {next_step(runs)}")
     return 0
 
 
@@ -250,49 +252,13 @@ def notes(runs: list[Run]) -> list[str]:
     ]
 
 
-def smooth(losses: list[float]) -> list[float]:
-    """The mean of each loss and its neighbours, the fewer of them the fewer losses there are."""
-    reach = min(MAX_SMOOTH, len(losses) // 10) // 2
-    return [statistics.fmean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))]
-
-
-def draw(runs: list[Run]) -> Path:
-    """The PNG beside the first run: loss in nats a token over tokens seen, a colour a run."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
-    axes = figure.subplots()
-    shown: list[float] = []
-    for number, run in enumerate(runs):
-        tokens, color = run.tokens, f"C{number % 10}"
-        losses = smooth([record["loss"] for record in run.metrics])
-        axes.plot([tokens[record["step"]] for record in run.metrics], losses, color=color, linewidth=0.8, alpha=0.6)
-        # A crash may leave an evaluation whose step was never written down.
-        held_out = [record for record in run.evaluations if record["step"] in tokens]
-        points = [tokens[record["step"]] for record in held_out], [record["loss"] for record in held_out]
-        axes.plot(*points, "o-", color=color, markersize=5, linewidth=1.4, label=run.name)
-        shown += [*losses, *points[1]]
-    axes.set(
-        xlabel="tokens seen", ylabel="loss (nats a token)", title="Dots: held-out examples. Thin: training batches."
-    )
-    if max(shown) > 10 * min(shown):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(EngFormatter())
-    axes.grid(visible=True, alpha=0.25)
-    axes.legend()
-    path = picture(runs)
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def picture(runs: list[Run]) -> Path:
-    """Where the picture goes."""
-    names = "-".join(re.sub(r"[^\w.-]+", "-", run.path.resolve().name, flags=re.ASCII) for run in runs)
-    return runs[0].path.parent / f"compare-{names[:LONGEST_NAME]}.png"
+def points(run: Run) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(tokens seen, loss) of the training batches, and of the held-out examples."""
+    tokens = run.tokens
+    # A crash may leave an evaluation whose step was never written down.
+    held_out = [record for record in run.evaluations if record["step"] in tokens]
+    training, measured = ([(tokens[r["step"]], r["loss"]) for r in records] for records in (run.metrics, held_out))
+    return training, measured
 
 
 def next_step(runs: list[Run]) -> str:

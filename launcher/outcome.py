@@ -14,8 +14,9 @@ from launcher.batches import each_alone, padding_share
 from launcher.held_out import Evaluation, answered, mean_loss
 from launcher.job import Job, gather_state, sample_micros
 from launcher.plan import notes
+from launcher.plots import Curve, draw_loss
 from launcher.reload import load_adapter
-from launcher.report import Report, draw_loss
+from launcher.report import Report, read_evaluations, read_metrics
 from launcher.rundir import ADAPTER_FILE
 from launcher.variables import ROOT
 
@@ -162,8 +163,12 @@ def packing(job: Job) -> str:
 def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
     """Mark the run finished and say what to do next."""
     run_dir = job.config.run_dir
-    rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": results})
-    draw_loss(run_dir)
+    # Of the first attempt, if there were several.
+    start = read_evaluations(run_dir)[0]
+    rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": {"start": start, **results}})
+    training, held_out = read_metrics(run_dir), read_evaluations(run_dir)
+    points = [[(record["step"], record["loss"]) for record in records] for records in (training, held_out)]
+    draw_loss(Curve(*points), run_dir)
     name = rundir.make_argument(run_dir)
     print(f"\nsaved to {run_dir}, read back and equal, {results['wall_s']:.0f} s in all. Next:")
     print(f"  make chat{name}    talk to it\n  make eval{name}    compare it with the base")

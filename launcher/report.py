@@ -97,23 +97,3 @@ def _read_by_step(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
-
-
-def draw_loss(run_dir: Path) -> Path:
-    """loss.png: loss in nats a token over steps, of the batches and of the held-out examples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = read_metrics(run_dir)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=1.2, label="training batch")
-    held_out = read_evaluations(run_dir)
-    axes.plot([r["step"] for r in held_out], [r["loss"] for r in held_out], "o-", markersize=4, label="held out")
-    axes.legend()
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=run_dir.name, yscale="log")
-    axes.grid(visible=True, which="both", alpha=0.25)
-    figure.savefig(run_dir / "loss.png", dpi=120)
-    pyplot.close(figure)
-    return run_dir / "loss.png"

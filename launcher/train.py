@@ -89,8 +89,7 @@ def train(job: Job, command: str) -> int:
         rundir.write_manifest(config.run_dir, manifest)
     with Report(config.run_dir, job.steps, step, is_main=accelerator.is_main_process) as report:
         outcome.announce(job, report, step)
-        first = evaluate(job, step)
-        report.evaluation(first)
+        report.evaluation(evaluate(job, step))
         while step < job.steps:
             metrics = train_step(job, step)
             step += 1
@@ -103,7 +102,7 @@ def train(job: Job, command: str) -> int:
             if step % config.eval.every == 0 and step < job.steps:
                 report.evaluation(evaluate(job, step))
         last = outcome.conclude(job, report, step)
-    results = {"start": first.record(), **last, "wall_s": round(time.monotonic() - started, 1)}
+    results = {**last, "wall_s": round(time.monotonic() - started, 1)}
     if accelerator.is_main_process:
         outcome.finish(job, manifest, results)
     accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ import zmq.asyncio
 from serve import runtime
 from serve.arguments import Arguments
 from serve.broker import Broker
-from serve.errors import EXIT_DONE, EngineError, ServeError
+from serve.errors import EXIT_DONE, EXIT_USAGE, EngineError, ServeError, UserError
 from serve.lifeline import child_environment, follow_parent
 from serve.open_requests import Lane, Sent
 from serve.progress import Progress
@@ -157,11 +157,13 @@ class Daemon:
             env={"GOMP_SPINCOUNT": "10000", **child_environment()},
         )
 
-    async def _engine_failed(self, engine: asyncio.subprocess.Process) -> EngineError:
+    async def _engine_failed(self, engine: asyncio.subprocess.Process) -> ServeError:
         # What it said last may still be in the socket.
         await asyncio.sleep(0.1)
         why = self._failure or f"the engine process died ({how_it_ended(engine.returncode)})"
         self._broker.end(Code.ENGINE, f"{why}; the daemon leaves")
+        if engine.returncode == EXIT_USAGE:
+            return UserError(why)
         return EngineError(f"{why}; see {self._log_path}")
 
     async def _stop(self, engine: asyncio.subprocess.Process, tasks: list[asyncio.Task[Any]]) -> None:

@@ -16,6 +16,7 @@ from launcher import methods, models
 from launcher.chat import prompt_ids
 from launcher.errors import UserError
 from launcher.reload import Progress, open_run
+from serve import errors
 from serve.engine import Detokenizer, EngineInfo, Sampling
 
 NUM_SLOTS = 8
@@ -75,7 +76,10 @@ class SlotEngine:
     """Serve one finished run. See `serve.engine.Engine` for the face."""
 
     def __init__(self, run: Path, hold: str, dtype: str, progress: Progress) -> None:
-        loaded = open_run(run, hold, dtype, progress)
+        try:
+            loaded = open_run(run, hold, dtype, progress)
+        except UserError as error:
+            raise errors.UserError(str(error)) from None
         self.tokenizer = loaded.tokenizer
         self.model = loaded.module
         length = min(CONTEXT, self.model.config.max_position_embeddings)

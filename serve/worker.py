@@ -17,7 +17,7 @@ import zmq
 
 from serve import submission
 from serve.engine import EchoEngine, Engine
-from serve.errors import EXIT_ENGINE
+from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
 from serve.slots import Request, SlotTable, answer_limit
@@ -151,7 +151,7 @@ def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
 
 
 def main(args: list[str]) -> int:
-    """Load, report READY, serve; the process ends by a signal, or with exit code 6 if the run cannot be loaded."""
+    """Load, report READY, serve; the process ends by a signal, or with exit code 6 if the run cannot be loaded, 2 if it must not be."""
     endpoint, run, hold, dtype = args
     # The terminal sends Ctrl-C to the whole process group; the daemon decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -169,7 +169,7 @@ def main(args: list[str]) -> int:
         traceback.print_exc()
         send(error(NO_REQUEST, Code.ENGINE, first_line(fault)))
         context.destroy(linger=1000)
-        return EXIT_ENGINE
+        return EXIT_USAGE if isinstance(fault, UserError) else EXIT_ENGINE
     send(Message(Kind.READY, body={"info": dataclasses.asdict(engine.info)}))
     loop(Worker(engine, send), link)
 

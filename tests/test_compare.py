@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launcher import compare
+from launcher import compare, plots
 from launcher.config import load
 from launcher.variables import ROOT, parse
 from tests.running import run_python
@@ -163,8 +163,8 @@ def test_names_are_told_apart_and_their_picture_has_a_plain_name(tmp_path):
 def test_the_curves_lie_over_the_tokens_of_their_steps(tmp_path):
     run = compare.read_runs([a_run(tmp_path / "one", done=25)])[0]
     assert [run.tokens[step] for step in (0, 1, 25)] == [0, TOKENS, 25 * TOKENS]
-    assert compare.smooth([1.0, 2.0]) == [1.0, 2.0]
-    assert compare.smooth([0.0, 3.0] * 20)[:3] == [1.0, 1.5, 1.2]
+    assert plots.smooth([1.0, 2.0]) == [1.0, 2.0]
+    assert plots.smooth([0.0, 3.0] * 20)[:3] == [1.0, 1.5, 1.2]
 
 
 BAD = {

@@ -11,7 +11,7 @@ from tests.running import run_python
 
 TORCH_FREE = [
     "launcher.variables", "launcher.config", "launcher.catalogue", "launcher.plan", "launcher.hardware",
-    "launcher.data", "launcher.sources", "launcher.shapes", "launcher.hubdata", "launcher.chat", "launcher.rundir", "launcher.weights", "launcher.__main__",
+    "launcher.data", "launcher.sources", "launcher.shapes", "launcher.hubdata", "launcher.compare", "launcher.chat", "launcher.rundir", "launcher.weights", "launcher.__main__",
     "serve.protocol", "serve.client", "serve.terminal", "serve.daemon", "serve.slots", "serve.engine", "serve.__main__",
 ]  # fmt: skip
 

@@ -1,0 +1,100 @@
+"""run.json is all that serving needs, and what it names is what is served: a changed base or template is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from launcher.rundir import text_digest
+from tests.conftest import write_tiny
+from tests.running import run_python
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(model folder, finished run)."""
+    model = write_tiny("llama", tmp_path_factory.mktemp("model"))
+    run = tmp_path_factory.mktemp("runs") / "run"
+    done = run_python(
+        "-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", "data.limit=16", "batch.size=8", "model.dtype=fp32",
+        "eval.examples=1", "eval.answers=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return model, run
+
+
+@pytest.fixture
+def copies(trained, tmp_path):
+    """The run in a folder of its own, to be damaged; the model is put back afterwards."""
+    model, run = trained
+    kept = shutil.copytree(model, tmp_path / "model")
+    yield model, shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(kept, model, dirs_exist_ok=True)
+
+
+def refusal(run, tmp_path):
+    done = run_python("-m", "serve", "daemon", f"RUN={run}", env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def manifest(run):
+    return json.loads((run / "run.json").read_text())
+
+
+@pytest.mark.slow
+def test_it_says_all_that_serving_needs(trained):
+    _, run = trained
+    found = manifest(run)
+    assert {"name", "id", "revision", "digest", "dtype", "quantisation"} <= found["base"].keys()
+    assert found["template_sha256"] == text_digest(found["template"])
+    assert found["stop_ids"]
+    assert found["results"]["start"]["step"] == 0
+    assert found["results"]["step"] == found["training"]["steps"] == 2
+    assert found["results"]["perplexity"] > 1
+
+
+@pytest.mark.slow
+def test_a_base_of_the_same_size_but_another_content_is_refused(copies, tmp_path):
+    model, run = copies
+    file = model / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    told = refusal(run, tmp_path)
+    was = manifest(run)["base"]["digest"]
+    assert "the base" in told
+    assert was in told
+    assert told.count("\n") == 1
+    assert len([word for word in told.replace(",", " ").replace(";", " ").split() if len(word) == 64]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["tokenizer", "run.json"])
+def test_a_changed_template_is_refused_with_both_digests(copies, tmp_path, where):
+    _, run = copies
+    found = manifest(run)
+    changed = found["template"].replace("assistant", "waiter")
+    if where == "run.json":
+        (run / "run.json").write_text(json.dumps({**found, "template": changed}))
+    else:
+        (run / "tokenizer" / "chat_template.jinja").write_text(changed)
+    told = refusal(run, tmp_path)
+    assert f"the chat template in {where}" in told
+    assert found["template_sha256"] in told
+    assert text_digest(changed) in told
+
+
+@pytest.mark.slow
+def test_a_damaged_adapter_is_not_served(copies, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    _, run = copies
+    file = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: tensors[name] * float("nan")}, file)
+    done = run_python("-m", "serve", "daemon", f"RUN={run}", env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert done.returncode != 0
+    assert f"{name} is not finite" in done.stderr
