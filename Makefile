@@ -1,6 +1,6 @@
 # The front door. Every target checks its variables before it installs, downloads or starts anything.
 #
-#   PEFT      lora | qlora                          MODEL  smollm2-135m | gpt-2 | llama-7b | org/name | a folder
+#   PEFT      lora | qlora | ia3 | prefix           MODEL  smollm2-135m | gpt-2 | llama-7b | org/name | a folder
 #   NGPU      number of processes                   DATA   cafe | a data file | a folder of texts | org/name
 #   STRATEGY  auto | single | zero2                 RUN    name of the run folder under runs/
 #   HOLD      merged | 4bit | adapters (serving)    DTYPE  auto | bf16 | fp32 (serving)

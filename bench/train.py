@@ -1,8 +1,8 @@
-"""Training speed: our step beside the plain one (full logits, the model's own loss), taken in turn in one process.
+"""Training speed: our step, packed and padded, beside the plain one (full logits, the model's own loss), in one process.
 
     make bench          python -m bench.train [VARIABLE=value …] [section.option=value …]
 
-Prints medians in real tokens a second, their ratio, and the peak memory. Times on a shared machine are noisy: read the ratio.
+The three take turns. Prints medians in real tokens a second, ratios, and the peak memory. Times on a shared machine are noisy: read the ratio.
 """
 
 import json
@@ -59,17 +59,21 @@ def main(args: list[str]) -> int:
     job = assemble(config, start_processes(config), weights, material)
     with models.quiet():
         load_model(job)
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    rates: dict[str, list[float]] = {"packed": [], "padded": [], "plain": []}
     for step in range(NUM_STEPS + 1):
         tokens = sum(len(example.ids) for example in global_batch(job, step))
-        seconds = timed(lambda step=step: train.train_step(job, step)), timed(lambda step=step: plain_step(job, step))
-        if step:  # the first step warms up
-            for name, taken in zip(rates, seconds, strict=True):
-                rates[name].append(tokens / taken)
+        for name, rate in rates.items():
+            job.is_packed = name == "packed"
+            run = plain_step if name == "plain" else train.train_step
+            seconds = timed(lambda run=run, step=step: run(job, step))
+            if step:  # the first step warms up
+                rate.append(tokens / seconds)
     medians = {name: round(statistics.median(values), 1) for name, values in rates.items()}
     for name, rate in medians.items():
-        print(f"{name:6} {rate:8.1f} tokens/s (median of {NUM_STEPS} steps of {config.batch.size})")
-    print(f"ratio  {medians['ours'] / medians['plain']:8.2f}")
+        share = rate / medians["plain"]
+        print(
+            f"{name:6} {rate:8.1f} tokens/s, {share:.2f} x plain (median of {NUM_STEPS} steps of {config.batch.size})"
+        )
     peak_gib = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     result = {"model": config.model.name, "method": config.adapter.method, **medians, "peak_gib": peak_gib, "on": where}

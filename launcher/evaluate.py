@@ -16,6 +16,7 @@ from launcher.loss import Trainee
 from launcher.material import Material, load_material
 from launcher.measure import answer, has_answer, share, share_exact, summed_loss
 from launcher.reload import Reloaded, open_run
+from launcher.report import printable
 from launcher.variables import parse
 
 BATCH = 40
@@ -93,6 +94,6 @@ def show(results: dict[str, Any]) -> None:
     console.print(table)
     if not base["samples"]:
         return
-    console.print(f"asked: {base['samples'][0]['asked']}", markup=False)
-    console.print(f"base:  {base['samples'][0]['answered']!r}", markup=False)
-    console.print(f"tuned: {tuned['samples'][0]['answered']}", markup=False)
+    first, untuned = tuned["samples"][0], base["samples"][0]
+    for name, text in (("asked", first["asked"]), ("base", untuned["answered"]), ("tuned", first["answered"])):
+        console.print(f"{name + ':':6} {printable(text)}", markup=False)

@@ -10,6 +10,7 @@ import torch
 from launcher import measure
 from launcher.chat import prompt_ids
 from launcher.job import Job
+from launcher.report import printable
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Evaluation:
         exact = f", {self.exact_match:.0%} of {self.answers} answers exact" if self.exact_match is not None else ""
         told = [f"step {self.step}: held-out loss {self.loss:.4f}, perplexity {self.perplexity:.4g}{exact}"]
         if self.asked is not None:
-            told += [f"  asked:    {self.asked}", f"  answered: {self.answered}"]
+            told += [f"  asked:    {printable(self.asked)}", f"  answered: {printable(self.answered or '')}"]
         return told
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 from launcher.config import Data
 from launcher.encoding import Example, Examples, count_trained
 from launcher.material import Material
+from launcher.report import printable
 
 MAX_TOKENS = 400
 MAX_LEFT_OUT = 5
@@ -36,15 +37,19 @@ def summary(material: Material, data: Data) -> list[str]:
         f"longest {longest(train)} of {material.longest}; {stop} is learned in {material.num_stopping} of {len(train)}",
     ]
     if num_long := train.num_long + material.held_out.num_long:
-        lines.append(f"{num_long} examples {TREATED[data.overflow]} {material.longest} tokens")
+        lines.append(f"{_count(num_long, 'example')} {TREATED[data.overflow]} {material.longest} tokens")
     if num_empty := train.num_empty + material.held_out.num_empty:
-        lines.append(f"{num_empty} examples left out: nothing of them would be trained")
+        lines.append(f"{_count(num_empty, 'example')} left out: nothing of them would be trained")
     left_out = material.splits.left_out
     if left_out:
-        lines.append(f"{len(left_out)} records left out:")
+        lines.append(f"{_count(len(left_out), 'record')} left out:")
         lines += [f"  {fault}" for fault in left_out[:MAX_LEFT_OUT]]
         lines += [f"  … and {len(left_out) - MAX_LEFT_OUT} more"] if len(left_out) > MAX_LEFT_OUT else []
     return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def longest(examples: Examples) -> int:
@@ -57,7 +62,7 @@ def marked(tokenizer: Any, example: Example, *, has_colour: bool) -> Text:
     pairs = list(zip(example.ids.tolist(), example.trained.tolist(), strict=True))
     text = Text()
     for is_trained, run in itertools.groupby(pairs[:MAX_TOKENS], key=lambda pair: pair[1]):
-        piece = tokenizer.decode([i for i, _ in run])
+        piece = printable(tokenizer.decode([i for i, _ in run]))
         style = "green" if is_trained else "dim"
         text.append(piece if has_colour or not is_trained else f"⟦{piece}⟧", style)
     if len(pairs) > MAX_TOKENS:

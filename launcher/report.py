@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 15.0
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+# Newline and tab, and what joins emoji.
+KEPT = "\n\t\u200d"
 
 
 class Report:
@@ -77,6 +79,11 @@ class Report:
             self._last_line = now
             left = (self.num_steps - step) * sum(self._step_s) / len(self._step_s)
             self.say(f"step {step}/{self.num_steps}  {words}  about {left:.0f} s left")
+
+
+def printable(text: str) -> str:
+    """The text with control characters as visible escapes: models and data may hold any, and terminals obey some."""
+    return "".join(c if c.isprintable() or c in KEPT else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
