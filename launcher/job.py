@@ -89,6 +89,8 @@ def start_processes(config: Config) -> Accelerator:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             _without_compiler()
+    # DeepSpeed calls torch by names that torch gives up; the person at the screen can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     world = world_size()
     micro, accumulation = split_batch(config, world)
     accelerator = Accelerator(

@@ -63,13 +63,15 @@ def test_an_evaluation_measures_the_base_and_the_run(tiny_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_run_deepspeed_zero2(tiny_llama, tmp_path):
+@pytest.mark.parametrize("method", ["lora", "ia3", "prefix"])
+def test_two_processes_run_deepspeed_zero2(tiny_llama, tmp_path, method):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert train(tiny_llama, alone).returncode == 0
+    assert train(tiny_llama, alone, f"PEFT={method}").returncode == 0
     # As on a fresh machine: no compiler, and nothing that one left behind.
     bare = {"CXX": "/nonexistent", "PATH": "/nonexistent", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    done = train(tiny_llama, together, "NGPU=2", env=bare)
+    done = train(tiny_llama, together, f"PEFT={method}", "NGPU=2", env=bare)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     training = manifest(together)["training"]
     assert (training["strategy"], training["world_size"], training["engine"]) == ("zero2", 2, "DeepSpeedEngine")
     pairs = zip(read_metrics(alone), read_metrics(together), strict=True)
