@@ -18,7 +18,7 @@ import torch
 from launcher import data, models, train
 from launcher.batches import collate, each_alone
 from launcher.catalogue import card
-from launcher.config import load
+from launcher.compose import load
 from launcher.errors import run_main
 from launcher.job import Job, assemble, global_batch, load_model, start_processes
 from launcher.material import load_material

@@ -5,7 +5,8 @@ import sys
 
 from launcher import data, rundir, variables
 from launcher.catalogue import card
-from launcher.config import Config, load
+from launcher.compose import load
+from launcher.config import Config
 from launcher.errors import UserError, nearest, run_main
 from launcher.hardware import detect
 from launcher.plan import Plan, num_steps, plan

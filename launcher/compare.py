@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import rundir
-from launcher.config import load
+from launcher.compose import load
 from launcher.errors import UserError, nearest
 from launcher.report import read_evaluations, read_metrics
 from launcher.variables import parse

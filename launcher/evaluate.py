@@ -10,7 +10,7 @@ from rich.table import Table
 
 from launcher import data, rundir
 from launcher.chat import Message, prompt_ids
-from launcher.config import load
+from launcher.compose import load
 from launcher.errors import UserError
 from launcher.loss import Trainee
 from launcher.material import Material, load_material

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from launcher import gate, methods, models, rundir
 from launcher.catalogue import card
-from launcher.config import Config, check
+from launcher.compose import check
+from launcher.config import Config
 from launcher.errors import UserError
 from launcher.hardware import detect
 from launcher.models import quiet

@@ -15,7 +15,8 @@ import torch
 from launcher import checkpoint, data, outcome, rundir
 from launcher.batches import collate, micro_batches
 from launcher.catalogue import card
-from launcher.config import Config, load
+from launcher.compose import load
+from launcher.config import Config
 from launcher.encoding import Example, count_trained
 from launcher.errors import EXIT_STOPPED, UserError, run_main
 from launcher.held_out import evaluate

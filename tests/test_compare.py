@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from launcher import compare, plots
-from launcher.config import load
+from launcher.compose import load
 from launcher.variables import ROOT, parse
 from tests.running import run_python
 

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from launcher.catalogue import card
-from launcher.config import check, load, options
+from launcher.compose import check, load, options
 from launcher.errors import UserError
 from launcher.hardware import Hardware
 from launcher.plan import plan

@@ -185,7 +185,7 @@ def test_the_daemon_reads_the_ids_that_training_reads(template_runs, method, tem
     ],
 )
 def test_an_option_of_another_method_is_refused(overrides, says):
-    from launcher.config import check
+    from launcher.compose import check
 
     with pytest.raises(UserError, match=says):
         check({"adapter": overrides})
@@ -194,7 +194,7 @@ def test_an_option_of_another_method_is_refused(overrides, says):
 def test_combinations_that_peft_cannot_do_are_refused_before_anything_loads(tmp_path):
     done = run_python(
         "-c",
-        "import sys; from launcher.config import load; from launcher.variables import parse\n"
+        "import sys; from launcher.compose import load; from launcher.variables import parse\n"
         "try: load(parse(['PEFT=prefix', 'model.gradient_checkpointing=true']))\n"
         "except Exception as e: print(e, 'torch' in sys.modules)",
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.config import load
+from launcher.compose import load
 from launcher.errors import UserError
 from launcher.hardware import Hardware, visible
 from launcher.plan import num_steps, plan, split_batch

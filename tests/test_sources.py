@@ -5,7 +5,8 @@ import json
 import pytest
 
 from launcher import data
-from launcher.config import Data, check
+from launcher.compose import check
+from launcher.config import Data
 from launcher.errors import UserError
 from launcher.sources import Record, records
 from launcher.variables import check_data

@@ -137,7 +137,7 @@ def test_sigterm_leaves_a_checkpoint_and_exit_75(tiny_llama, tmp_path):
 def test_a_finished_run_is_never_overwritten_and_a_changed_one_not_resumed(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    from launcher.config import load
+    from launcher.compose import load
     from launcher.variables import parse
 
     config = load(parse([f"RUN={run}"]))
