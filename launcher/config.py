@@ -119,7 +119,7 @@ class Optim(Section):
 class Batch(Section):
     """The global batch is what you choose; what each process does at a time follows from it."""
 
-    size: int = Field(16, ge=1, description="examples a step, over all processes")
+    size: int = Field(8, ge=1, description="examples a step, over all processes")
     micro: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="examples a process holds at once; auto = at most 16"
     )

@@ -75,8 +75,8 @@ def test_what_is_not_sharded_runs_in_one_process(args):
 
 
 def test_steps():
-    assert num_steps(config(), 2000) == 125
-    assert num_steps(config("optim.epochs=0.5"), 2000) == 63
+    assert num_steps(config(), 2000) == 250
+    assert num_steps(config("optim.epochs=0.5"), 2000) == 125
     assert num_steps(config("optim.max_steps=7"), 2000) == 7
 
 
