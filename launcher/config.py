@@ -135,7 +135,7 @@ class Parallel(Section):
 
 
 class Eval(Section):
-    """The evaluations during a run: before the first step, every so many steps, and at the end on the whole split."""
+    """The evaluations during a run: before the first step, every so many steps, and at the end, then also on the whole split."""
 
     every: int = Field(50, ge=1, description="steps between evaluations")
     examples: int = Field(40, ge=1, description="held-out examples measured each time")

@@ -11,7 +11,7 @@ import torch
 
 from launcher import checkpoint, gate, methods, models, preview, rundir
 from launcher.batches import each_alone, padding_share
-from launcher.held_out import Evaluation, answered, mean_loss
+from launcher.held_out import Evaluation, answered, mean_loss, part
 from launcher.job import Job, gather_state, sample_micros
 from launcher.plan import notes
 from launcher.plots import Curve, draw_loss
@@ -49,16 +49,20 @@ def save_adapter(job: Job) -> None:
 
 
 def conclude(job: Job, report: Report, step: int) -> dict[str, Any]:
-    """Measure the whole held-out split, save, and let the reloaded adapter answer; the results for the manifest."""
+    """Measure, save, and let the reloaded adapter answer; the results for the manifest, over the whole held-out split."""
     job.model.eval()
-    num_held_out = len(job.material.held_out)
-    last = Evaluation(step, mean_loss(job, range(num_held_out)), num_held_out)
+    chosen, everything = part(job), range(len(job.material.held_out))
+    last = Evaluation(step, mean_loss(job, chosen), len(chosen))
+    whole = Evaluation(step, mean_loss(job, everything), len(everything))
     save_adapter(job)
     reloaded, difference = check_reloaded(job)
     if reloaded is not None:
         last = answered(job, last, reloaded)
+    # The same part as before, so that the evaluations of a run make one curve.
     report.evaluation(last)
-    return {**last.record(), "reload_difference": difference}
+    report.say(f"over all {whole.examples} held-out examples: loss {whole.loss:.4f}, perplexity {whole.perplexity:.4g}")
+    results = {"loss": whole.loss, "perplexity": whole.perplexity, "examples": whole.examples}
+    return {**last.record(), **results, "reload_difference": difference}
 
 
 def check_reloaded(job: Job) -> tuple[Any, float]:
