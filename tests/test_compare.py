@@ -109,7 +109,7 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path):
 def test_two_unfinished_runs_are_to_be_looked_at_again(tmp_path):
     runs = [a_run(tmp_path / name, "optim.max_steps=40", state="running", done=1) for name in ("one", "other")]
     out = compared(*runs)
-    assert "40 steps of 16" in row(out, "one")
+    assert "40 steps of 8" in row(out, "one")
     assert "running, step 1/40" in out
     assert out.endswith("Next: the same again, once they have gone on\n")
 

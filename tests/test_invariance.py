@@ -35,7 +35,13 @@ def test_twenty_steps_are_the_same_however_they_are_shared_out(tiny_llama, tmp_p
     losses = {}
     for world, accumulation, packing in itertools.product((1, 2), (1, 2, 4), ("on", "off")):
         micro = SIZE // world // accumulation
-        args = [f"NGPU={world}", f"batch.micro={micro}", f"batch.packing={packing}", "optim.max_steps=20"]
+        args = [
+            f"NGPU={world}",
+            f"batch.micro={micro}",
+            f"batch.packing={packing}",
+            "optim.max_steps=20",
+            "optim.epochs=2",
+        ]
         found, training = train(tiny_llama, tmp_path / f"{world}-{accumulation}-{packing}", *args)
         assert (training["world_size"], training["accumulation"]) == (world, accumulation)
         assert training["packing"] is (packing == "on")
