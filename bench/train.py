@@ -55,8 +55,9 @@ def main(args: list[str]) -> int:
     """Measure, print one line a way and one JSON line."""
     config = load(parse([*args, f"RUN={tempfile.gettempdir()}/bench"]))
     weights = fetch(card(config.model.name), config.model.revision)
-    material = load_material(config, data.read(config.data), weights.path, read_shape(weights.path).context)
-    job = assemble(config, start_processes(config), weights, material)
+    shape = read_shape(weights.path)
+    material = load_material(config, data.read(config.data), weights.path, shape.context)
+    job = assemble(config, start_processes(config), weights, material, shape)
     with models.quiet():
         load_model(job)
     rates: dict[str, list[float]] = {"packed": [], "padded": [], "plain": []}

@@ -1,6 +1,7 @@
 """Which examples a step sees, how the processes share them, and how they become tensors."""
 
 import functools
+import heapq
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -49,13 +50,23 @@ def pack(batch: Sequence[Example], quadratic: float) -> list[list[Example]]:
     candidates = []
     for num_rows in range(1, len(batch) + 1):
         rows: list[list[Example]] = [[] for _ in range(num_rows)]
-        sums = [0] * num_rows
+        shortest = [(0, row) for row in range(num_rows)]
         for example in by_length:
-            shortest = sums.index(min(sums))
-            rows[shortest].append(example)
-            sums[shortest] += len(example.ids)
-        candidates.append((cost(num_rows, max(sums), quadratic), rows))
-    return min(candidates, key=lambda candidate: candidate[0])[1]
+            length, row = shortest[0]
+            rows[row].append(example)
+            heapq.heapreplace(shortest, (length + len(example.ids), row))
+        candidates.append(rows)
+    return min(candidates, key=lambda rows: cost_of(rows, quadratic))
+
+
+def width(rows: Sequence[Sequence[Example]]) -> int:
+    """Tokens of the longest row, to which the others are padded."""
+    return max(sum(len(example.ids) for example in row) for row in rows)
+
+
+def cost_of(rows: Sequence[Sequence[Example]], quadratic: float) -> float:
+    """What a forward pass over these rows costs (see `cost`)."""
+    return cost(len(rows), width(rows), quadratic)
 
 
 def cost(num_rows: int, length: int, quadratic: float) -> float:
@@ -70,17 +81,14 @@ def cost(num_rows: int, length: int, quadratic: float) -> float:
 def padding_share(batches: Sequence[Sequence[Sequence[Example]]]) -> float:
     """The share of padding in batches of rows of examples."""
     real = sum(len(e.ids) for rows in batches for row in rows for e in row)
-    paid = sum(len(rows) * max(sum(len(e.ids) for e in row) for row in rows) for rows in batches)
+    paid = sum(len(rows) * width(rows) for rows in batches)
     return 1 - real / paid
 
 
 def is_packing_cheaper(micros: Sequence[Sequence[Example]], quadratic: float) -> bool:
     """Whether packing these micro-batches saves at least a twentieth of what padding them costs."""
-    padded = sum(cost(len(m), max(len(e.ids) for e in m), quadratic) for m in micros)
-    packed = 0.0
-    for micro in micros:
-        rows = pack(micro, quadratic)
-        packed += cost(len(rows), max(sum(len(e.ids) for e in row) for row in rows), quadratic)
+    padded = sum(cost_of(each_alone(micro), quadratic) for micro in micros)
+    packed = sum(cost_of(pack(micro, quadratic), quadratic) for micro in micros)
     return packed < 0.95 * padded
 
 
@@ -93,7 +101,7 @@ def collate(rows: Sequence[Sequence[Example]], device: "torch.device | str" = "c
     """
     import torch
 
-    shape = (len(rows), max(sum(len(example.ids) for example in row) for row in rows))
+    shape = (len(rows), width(rows))
     input_ids, documents, positions = (np.zeros(shape, np.int64) for _ in range(3))
     trained = np.zeros(shape, bool)
     for index, row in enumerate(rows):

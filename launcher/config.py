@@ -76,7 +76,7 @@ class Adapter(Section):
 
     def misplaced(self) -> str | None:
         """What is wrong with the options of this method, None if nothing is."""
-        given = [name for name in self.__class__.model_fields if getattr(self, name) != getattr(Adapter(), name)]
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
         for name in given:
             if name != "method" and name not in METHOD_OPTIONS[self.method]:
                 owners = " or ".join(m for m, options in METHOD_OPTIONS.items() if name in options)

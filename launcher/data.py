@@ -1,5 +1,6 @@
 """Conversations: read, check, split."""
 
+import functools
 import hashlib
 import json
 import random
@@ -38,7 +39,7 @@ class Splits:
     shapes: dict[str, int] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The SHA-256 of both splits: equal if and only if the same is learned and measured."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()

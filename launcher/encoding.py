@@ -51,6 +51,16 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.ends)
 
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each example begins, int64 [N]."""
+        return self.ends - self.lengths
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64 [N]."""
+        return np.diff(self.ends, prepend=0)
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
@@ -77,8 +87,7 @@ def join(examples: Sequence[Example], num_long: int = 0, num_empty: int = 0) -> 
 def count_trained(batch: Sequence[Example]) -> int:
     """Tokens that carry loss. The first token of a sequence is never predicted."""
     if isinstance(batch, Examples):
-        firsts = np.concatenate([[0], batch.ends[:-1]])
-        return int(batch.trained.sum() - batch.trained[firsts].sum())
+        return int(batch.trained.sum() - batch.trained[batch.starts].sum())
     return sum(int(np.count_nonzero(example.trained[1:])) for example in batch)
 
 

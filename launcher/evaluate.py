@@ -9,12 +9,11 @@ from rich.progress import track
 from rich.table import Table
 
 from launcher import data, rundir
-from launcher.chat import Message, prompt_ids
 from launcher.compose import load
 from launcher.errors import UserError
 from launcher.loss import Trainee
 from launcher.material import Material, load_material
-from launcher.measure import answer, has_answer, share, share_exact, summed_loss
+from launcher.measure import answer, fits, has_answer, share, share_exact, summed_loss
 from launcher.reload import Reloaded, open_run
 from launcher.report import printable
 from launcher.variables import parse
@@ -48,7 +47,7 @@ def main(args: list[str]) -> int:
 def examine(name: str, run: Reloaded, material: Material) -> dict[str, Any]:
     """Loss in nats a trained token; share of greedy last answers that are exact, and that are valid JSON where asked."""
     nats, tokens = summed_loss(Trainee(run.model), material.held_out, BATCH, run.model.device)
-    asked = [m for m in material.splits.held_out if has_answer(m) and fits(run, m, material.longest)]
+    asked = [m for m in material.splits.held_out if has_answer(m) and fits(run.tokenizer, m, material.longest)]
     said: list[str] = []
     chunks = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
     for chunk in track(chunks, description=f"{name} answers", console=Console(stderr=True), transient=True):
@@ -63,11 +62,6 @@ def examine(name: str, run: Reloaded, material: Material) -> dict[str, Any]:
             {"asked": m[-2]["content"], "wanted": r, "answered": s} for m, r, s in zip(asked, right, said, strict=True)
         ],
     }
-
-
-def fits(run: Reloaded, messages: list[Message], longest: int) -> bool:
-    """Whether the question leaves room for an answer."""
-    return len(prompt_ids(run.tokenizer, messages[:-1])) < longest
 
 
 def is_json(text: str) -> bool:

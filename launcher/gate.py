@@ -11,8 +11,6 @@ from launcher.errors import IntegrityError
 
 # The largest difference of two logits, as a share of the largest logit, by the dtype of the forward pass.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-
-
 _ADVICE = "the last good checkpoint is kept, run the same command again to go on from it"
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from launcher import measure
-from launcher.chat import prompt_ids
 from launcher.job import Job
 from launcher.report import printable
 
@@ -51,8 +50,8 @@ class Evaluation:
 def evaluate(job: Job, step: int) -> Evaluation:
     """Measure a part of the held-out split with the model as it is. Every process must call this together."""
     job.model.eval()
-    loss = mean_loss(job, part(job))
-    found = Evaluation(step, loss, len(part(job)))
+    chosen = part(job)
+    found = Evaluation(step, mean_loss(job, chosen), len(chosen))
     if job.accelerator.is_main_process:
         found = answered(job, found, job.peft_model)
     job.accelerator.wait_for_everyone()
@@ -62,8 +61,8 @@ def evaluate(job: Job, step: int) -> Evaluation:
 
 def part(job: Job) -> list[int]:
     """`eval.examples` of the held-out split: the longest, which shows what memory it takes, and the first ones."""
-    lengths = [len(example.ids) for example in job.material.held_out]
-    longest = lengths.index(max(lengths))
+    lengths = job.material.held_out.lengths
+    longest = int(lengths.argmax())
     others = [i for i in range(len(lengths)) if i != longest]
     return [longest, *others[: job.config.eval.examples - 1]]
 
@@ -82,7 +81,7 @@ def answered(job: Job, found: Evaluation, model: Any) -> Evaluation:
     """The evaluation with the answers of `model` to the first held-out questions."""
     asked = [m for m in job.material.splits.held_out if measure.has_answer(m)][: job.config.eval.answers]
     # What was too long to train on is not asked either.
-    asked = [m for m in asked if len(prompt_ids(job.tokenizer, m[:-1])) < job.material.longest]
+    asked = [m for m in asked if measure.fits(job.tokenizer, m, job.material.longest)]
     if not asked:
         return found
     with job.accelerator.autocast():

@@ -118,7 +118,9 @@ def _without_compiler() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def assemble(config: Config, accelerator: Accelerator, weights: Weights, material: Material) -> Job:
+def assemble(
+    config: Config, accelerator: Accelerator, weights: Weights, material: Material, shape: models.Shape
+) -> Job:
     """Everything but the model. Raises `UserError` for packing that this model cannot do exactly."""
     job = Job(
         config=config,
@@ -128,7 +130,7 @@ def assemble(config: Config, accelerator: Accelerator, weights: Weights, materia
         card=card(config.model.name),
         micro=split_batch(config, accelerator.num_processes)[0],
         steps=num_steps(config, len(material.train)),
-        shape=models.read_shape(weights.path),
+        shape=shape,
         is_packed=config.batch.packing is True,
     )
     if job.is_packed and job.shape.is_local:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from launcher.methods import prefix_cache
+from launcher.methods import bare, prefix_cache
 
 CHUNK = 256
 
@@ -60,7 +60,7 @@ class Trainee(torch.nn.Module):
 
         Position t predicts token t + 1, so it is token t + 1 that must be `trained`.
         """
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        base = bare(self.model)
         prefix = prefix_cache(self.model, len(input_ids))
         num_prefix = prefix.get_seq_length() if prefix else 0
         reads = documents.clamp(max=1) if positions is None else _within_documents(documents)

@@ -29,7 +29,8 @@ class Material:
     @property
     def num_stopping(self) -> int:
         """Training examples in which a stop token is learned."""
-        return sum(bool(np.isin(example.ids[example.trained], self.stop_ids).any()) for example in self.train)
+        is_stop = np.isin(self.train.ids, self.stop_ids) & self.train.trained
+        return int(np.logical_or.reduceat(is_stop, self.train.starts).sum())
 
 
 def load_material(config: Config, splits: Splits, folder: Path, context: int) -> Material:

@@ -29,6 +29,11 @@ def has_answer(messages: list[Message]) -> bool:
     return messages[-1]["role"] != TEXT
 
 
+def fits(tokenizer: Any, messages: list[Message], longest: int) -> bool:
+    """Whether the question leaves room for an answer within `longest` tokens."""
+    return len(prompt_ids(tokenizer, messages[:-1])) < longest
+
+
 def answer(model: Any, tokenizer: Any, asked: Sequence[list[Message]], stop_ids: Sequence[int]) -> list[str]:
     """Greedy answers to conversations, in place of their last turn and little longer than the longest of those."""
     right = [messages[-1]["content"] for messages in asked]
@@ -41,7 +46,7 @@ def answer(model: Any, tokenizer: Any, asked: Sequence[list[Message]], stop_ids:
 def generate(model: Any, prompts: Sequence[list[int]], max_tokens: int, stop_ids: Sequence[int]) -> torch.Tensor:
     """Greedy continuations int64 [B, <= max_tokens] of a left-padded batch, `model` bare or with its adapter."""
     num_prefix = methods.num_prefix(model)
-    module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    module = methods.bare(model)
     length = num_prefix + max(map(len, prompts))
     # Where a prefix lies in the cache, `generate` still wants ids for its positions; it does not read them.
     ids = torch.zeros(len(prompts), length, dtype=torch.long)

@@ -116,6 +116,11 @@ def _start_from_text(model: PeftModel, examples: Sequence[Example], num_tokens: 
     initialize_kv_prefix_from_past_key_values(model, past_key_values=read.past_key_values)
 
 
+def bare(model: Any) -> PreTrainedModel:
+    """The transformers model itself, whether an adapter is around it or not."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def num_prefix(model: Any) -> int:
     """How many positions the adapter takes at the head of every sequence: 0 but for prefix tuning."""
     config = model.active_peft_config if isinstance(model, PeftModel) else None

@@ -167,10 +167,10 @@ def packing(job: Job) -> str:
 def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
     """Mark the run finished and say what to do next."""
     run_dir = job.config.run_dir
-    # Of the first attempt, if there were several.
-    start = read_evaluations(run_dir)[0]
-    rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": {"start": start, **results}})
     training, held_out = read_metrics(run_dir), read_evaluations(run_dir)
+    # Of the first attempt, if there were several.
+    start = held_out[0]
+    rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": {"start": start, **results}})
     points = [[(record["step"], record["loss"]) for record in records] for records in (training, held_out)]
     draw_loss(Curve(*points), run_dir)
     name = rundir.make_argument(run_dir)

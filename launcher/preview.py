@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.config import Data
-from launcher.encoding import Example, Examples, count_trained
+from launcher.encoding import Example, count_trained
 from launcher.material import Material
 from launcher.report import printable
 
@@ -34,7 +34,7 @@ def summary(material: Material, data: Data) -> list[str]:
     lines = [
         f"data: {data.source} ({shapes}): {len(train)} examples to learn from, {len(material.held_out)} held out",
         f"{len(train.ids):,} tokens, {trained / len(train.ids):.0%} of them trained; "
-        f"longest {longest(train)} of {material.longest}; {stop} is learned in {material.num_stopping} of {len(train)}",
+        f"longest {train.lengths.max()} of {material.longest}; {stop} is learned in {material.num_stopping} of {len(train)}",
     ]
     if num_long := train.num_long + material.held_out.num_long:
         lines.append(f"{_count(num_long, 'example')} {TREATED[data.overflow]} {material.longest} tokens")
@@ -50,11 +50,6 @@ def summary(material: Material, data: Data) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def longest(examples: Examples) -> int:
-    """Tokens of the longest example."""
-    return max(len(example.ids) for example in examples)
 
 
 def marked(tokenizer: Any, example: Example, *, has_colour: bool) -> Text:

@@ -43,7 +43,7 @@ class Reloaded:
     @property
     def module(self) -> Any:
         """The transformers model itself, with the adapter merged into its layers or living inside them."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return methods.bare(self.model)
 
     @property
     def context(self) -> int:

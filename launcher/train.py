@@ -67,13 +67,15 @@ def main(args: list[str]) -> int:
         weights = fetch_again(card(config.model.name), before["base"])
     else:
         weights = fetch(card(config.model.name), config.model.revision)
-    material = load_material(config, splits, weights.path, read_shape(weights.path).context)
+    shape = read_shape(weights.path)
+    material = load_material(config, splits, weights.path, shape.context)
     accelerator = start_processes(config)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(rundir.locked(config.run_dir))
         return train(
-            assemble(config, accelerator, weights, material), shlex.join(["python", "-m", "launcher.train", *args])
+            assemble(config, accelerator, weights, material, shape),
+            shlex.join(["python", "-m", "launcher.train", *args]),
         )
 
 
