@@ -15,16 +15,13 @@ from collections.abc import Callable
 
 import torch
 
-from launcher import data, models, train
+from bench.assembled import assembled
+from launcher import loop, models
 from launcher.batches import collate, each_alone
-from launcher.catalogue import card
 from launcher.compose import load
 from launcher.errors import run_main
-from launcher.job import Job, assemble, global_batch, load_model, start_processes
-from launcher.material import load_material
-from launcher.models import read_shape
+from launcher.job import Job, global_batch, load_model
 from launcher.variables import parse
-from launcher.weights import fetch
 
 NUM_STEPS = 9
 
@@ -54,10 +51,7 @@ def timed(run: Callable[[], object]) -> float:
 def main(args: list[str]) -> int:
     """Measure, print one line a way and one JSON line."""
     config = load(parse([*args, f"RUN={tempfile.gettempdir()}/bench"]))
-    weights = fetch(card(config.model.name), config.model.revision)
-    shape = read_shape(weights.path)
-    material = load_material(config, data.read(config.data), weights.path, shape.context)
-    job = assemble(config, start_processes(config), weights, material, shape)
+    job = assembled(config)
     with models.quiet():
         load_model(job)
     rates: dict[str, list[float]] = {"packed": [], "padded": [], "plain": []}
@@ -65,7 +59,7 @@ def main(args: list[str]) -> int:
         tokens = sum(len(example.ids) for example in global_batch(job, step))
         for name, rate in rates.items():
             job.is_packed = name == "packed"
-            run = plain_step if name == "plain" else train.train_step
+            run = plain_step if name == "plain" else loop.train_step
             seconds = timed(lambda run=run, step=step: run(job, step))
             if step:  # the first step warms up
                 rate.append(tokens / seconds)

@@ -1,6 +1,7 @@
 """The model catalogue: `configs/models/<name>.yaml` -> `ModelCard`. Other hub ids and folders get a bare card."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +12,8 @@ from launcher.variables import CONFIGS, shipped
 class ModelCard(BaseModel):
     """Where a base model comes from: exactly one of `package`, `hub`, `folder`.
 
-    `template` is the chat template of a model that has none of its own.
+    `template` is the chat template of a model that has none of its own. `config` has those keys of its config.json that
+    say how large it is (see `architecture.read`), so that a run can be planned before the model is here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +27,7 @@ class ModelCard(BaseModel):
     gated: bool = False
     folder: str | None = None
     template: str | None = None
+    config: dict[str, Any] | None = None
 
 
 def card(name: str) -> ModelCard:

@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from launcher.architecture import ALIASES, Architecture, read
 from launcher.config import Quant
 from launcher.errors import UserError
 
@@ -47,28 +46,18 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is known of a model without its weights: the tokens it can read, and the width of its layers.
-
-    `is_local`: some layers read only a window of what came before.
-    """
-
-    context: int
-    width: int
-    is_local: bool
-
-
-def read_shape(path: Path) -> Shape:
-    """The shape of the model in a folder."""
+def read_architecture(path: Path) -> Architecture:
+    """The architecture of the model in a folder, with every default that transformers knows."""
     config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    return Shape(
-        context=int(getattr(config, "max_position_embeddings", None) or sys.maxsize),
-        width=config.hidden_size,
-        is_local=any("sliding" in kind or "chunked" in kind for kind in kinds)
-        or bool(getattr(config, "sliding_window", None)),
-    )
+    named = {key: getattr(config, key, None) for key in ALIASES}
+    return read({**config.to_dict(), **named})
+
+
+def count_parameters(path: Path) -> int:
+    """The parameters of the model in a folder, counted on a model without weights; for families without a formula."""
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    with quiet(), torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def load_base(
@@ -100,7 +89,7 @@ def load_base(
             raise UserError(
                 f"{path}: cannot be loaded ({str(error).splitlines()[0]}); try MODEL=smollm2-135m"
             ) from None
-    if quantization is None:
+    if quantization is None and not is_sharded(model):
         model.to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu") and not (is_served and dtype == "bf16"):
@@ -111,6 +100,11 @@ def load_base(
             # What is dropped at random in a frozen base is noise and no lesson; the adapter has a dropout of its own.
             module.p = 0.0
     return model.requires_grad_(False).eval()
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether DeepSpeed's stage 3 has sharded this model while it was loaded."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def checkpoint_gradients(base: PreTrainedModel) -> None:
