@@ -2,14 +2,13 @@
 
     checkpoints/step-00050/
         state.safetensors   param/<name>, exp_avg/<name>, exp_avg_sq/<name>: fp32, 12 bytes a trained parameter
-        manifest.json       step, data position in samples, sha256 and size of the state
+        manifest.json       step, data position in samples, held-out loss if measured, sha256 and size of the state
 
 A checkpoint is written under a temporary name, synced and renamed. Random numbers are seeded by step, so there is no
 generator state to keep.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher import gate
-from launcher.rundir import write_atomically
+from launcher import gate, shards
+from launcher.rundir import sync, write_atomically
+from launcher.shards import MOMENTS
 from launcher.weights import sha256
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-BITSANDBYTES_MOMENTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,13 @@ class Checkpoint:
     position: int
 
 
-def gather(parameters: Mapping[str, torch.nn.Parameter], optimizer: Any, *, sharded: bool) -> dict[str, torch.Tensor]:
-    """The whole trained state on the CPU in fp32. With `sharded` (DeepSpeed) every process must call this together."""
+def gather(
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: Any, stage: int | None = None
+) -> dict[str, torch.Tensor]:
+    """The whole trained state on the CPU in fp32. Under DeepSpeed, at `stage`, every process must call this together."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
-        whole = _gather_sharded(parameter) if sharded else _gather_local(parameter, optimizer)
+        whole = shards.read(parameter, optimizer, stage)
         state |= {f"{kind}/{name}": tensor.detach().float().cpu().contiguous() for kind, tensor in whole.items()}
     return state
 
@@ -51,45 +52,98 @@ def put_back(
     optimizer: Any,
     *,
     step: int,
-    sharded: bool,
+    stage: int | None = None,
 ) -> None:
     """Load a gathered state into a prepared model and optimizer."""
     for name, parameter in parameters.items():
-        values = {kind: state[f"{kind}/{name}"] for kind in ("param", *MOMENTS)}
-        if sharded:
-            _put_sharded(parameter, values)
-        else:
-            _put_local(parameter, values, optimizer, step)
-    if sharded:
+        shards.write_parameter(parameter, state[f"param/{name}"], stage)
+        shards.write_moments(parameter, {k: state[f"{k}/{name}"] for k in MOMENTS}, optimizer, step, stage)
+    if stage is not None:
         for shard in optimizer.optimizer.state.values():
             shard["step"] = torch.tensor(float(step))
 
 
 def write(
-    run_dir: Path, state: dict[str, torch.Tensor], start: Mapping[str, str], *, step: int, position: int, keep: int
+    run_dir: Path,
+    state: dict[str, torch.Tensor],
+    start: Mapping[str, str],
+    *,
+    step: int,
+    position: int,
+    keep: int,
+    loss: float | None = None,
 ) -> Path:
-    """Write `state` as the checkpoint of `step`, read it back, and delete all but the newest `keep`.
+    """Write `state` as the checkpoint of `step`, read it back, and delete all but the newest `keep` and the best.
 
-    `start` has the digests before training (see `gate.check_file`). Raises `IntegrityError`; the others are then untouched.
+    `start` has the digests before training (see `gate.check_file`), `loss` the held-out loss where it was measured at this
+    step. Raises `IntegrityError`, or `OSError` when the disk is full; the others are then untouched.
     """
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     part = root / f"step-{step:05d}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    _forget_parts(root)
     part.mkdir()
-    file = part / "state.safetensors"
-    save_file(state, file)
-    _sync(file)
-    gate.check_file(file, state, start, idle(state))
-    manifest = {"step": step, "position": position, "sha256": sha256(file), "size": file.stat().st_size}
-    write_atomically(part / "manifest.json", json.dumps(manifest).encode())
-    final = root / f"step-{step:05d}"
+    try:
+        _write_into(part, state, start, step=step, position=position, loss=loss)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    final = root / part.stem
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
-    _sync(root)
-    for old in sorted(root.glob("step-?????"))[:-keep]:
-        shutil.rmtree(old)
+    sync(root)
+    prune(root, keep)
     return final
+
+
+def _write_into(
+    folder: Path,
+    state: dict[str, torch.Tensor],
+    start: Mapping[str, str],
+    *,
+    step: int,
+    position: int,
+    loss: float | None,
+) -> None:
+    file = folder / "state.safetensors"
+    save_file(state, file)
+    sync(file)
+    gate.check_file(file, state, start, idle(state))
+    manifest = {"step": step, "position": position, "loss": loss, "sha256": sha256(file), "size": file.stat().st_size}
+    write_atomically(folder / MANIFEST, json.dumps(manifest).encode())
+    sync(folder)
+
+
+def _forget_parts(root: Path) -> None:
+    """What an earlier attempt left half-written."""
+    for part in root.glob("step-*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the one with the lowest held-out loss."""
+    folders = _folders(root)
+    losses = {folder: loss for folder in folders if (loss := _loss(folder)) is not None}
+    best = min(losses, key=lambda folder: losses[folder]) if losses else None
+    for old in folders[:-keep]:
+        if old != best:
+            # Under its other name first: a folder that is half gone must not look like a checkpoint.
+            part = old.with_suffix(".part")
+            old.rename(part)
+            shutil.rmtree(part)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The finished checkpoints, oldest first."""
+    found = [path for path in root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _loss(folder: Path) -> float | None:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["loss"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def idle(state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -102,14 +156,14 @@ def idle(state: Mapping[str, torch.Tensor]) -> list[str]:
 def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that was passed over."""
     passed: list[str] = []
-    for folder in sorted((run_dir / "checkpoints").glob("step-?????"), reverse=True):
+    for folder in reversed(_folders(run_dir / "checkpoints")):
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             file = folder / "state.safetensors"
             if file.stat().st_size != manifest["size"] or sha256(file) != manifest["sha256"]:
                 raise ValueError("its content is not what was written")
             return Checkpoint(folder, manifest["step"], manifest["position"]), passed
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             passed.append(f"passed over {folder}: {error}")
     return None, passed
 
@@ -117,48 +171,3 @@ def newest(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 def read(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The state of a verified checkpoint."""
     return load_file(checkpoint.folder / "state.safetensors")
-
-
-def _gather_local(parameter: torch.nn.Parameter, optimizer: Any) -> dict[str, torch.Tensor]:
-    state = optimizer.state[parameter]
-    names = BITSANDBYTES_MOMENTS if "state1" in state else {kind: kind for kind in MOMENTS}
-    return {"param": parameter.data, **{kind: state[name] for kind, name in names.items()}}
-
-
-def _put_local(parameter: torch.nn.Parameter, values: dict[str, torch.Tensor], optimizer: Any, step: int) -> None:
-    parameter.data.copy_(values["param"])
-    moments = {kind: values[kind].to(parameter.device) for kind in MOMENTS}
-    if hasattr(optimizer, "init_state"):  # bitsandbytes fills its own buffers, paged ones included
-        group = next(i for i, g in enumerate(optimizer.param_groups) if any(p is parameter for p in g["params"]))
-        index = next(i for i, p in enumerate(optimizer.param_groups[group]["params"]) if p is parameter)
-        optimizer.init_state(optimizer.param_groups[group], parameter, group, index)
-        optimizer.state[parameter]["step"] = step
-        for kind, name in BITSANDBYTES_MOMENTS.items():
-            optimizer.state[parameter][name].copy_(moments[kind])
-    else:
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
-
-
-def _gather_sharded(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    moments = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
-    return {"param": safe_get_full_fp32_param(parameter), **moments}
-
-
-def _put_sharded(parameter: torch.nn.Parameter, values: dict[str, torch.Tensor]) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    # The fp32 master is set by DeepSpeed; the copy that computes would follow only after the next step.
-    safe_set_full_fp32_param(parameter, values["param"])
-    parameter.data.copy_(values["param"])
-    for kind in MOMENTS:
-        safe_set_full_optimizer_state(parameter, values[kind], kind)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

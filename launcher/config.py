@@ -129,9 +129,12 @@ class Batch(Section):
 
 
 class Parallel(Section):
-    """How the processes share the work: a name of `configs/strategy/`."""
+    """How the processes share the work."""
 
-    strategy: str = "auto"
+    strategy: str = Field("auto", description="a name of configs/strategy/; auto = the fastest that fits")
+    timeout_s: float = Field(
+        600.0, ge=5, description="end a run in which no process has moved for so long, and name the one that stopped"
+    )
 
 
 class Eval(Section):
@@ -142,13 +145,18 @@ class Eval(Section):
     answers: int = Field(8, ge=0, description="held-out questions that the model answers each time")
 
 
+class Checkpoint(Section):
+    """What is left on disk during a run, to go on from."""
+
+    every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest ones kept; the best by held-out loss is kept beside them")
+
+
 class Run(Section):
-    """The run folder and what is written into it when."""
+    """The run folder, and the seed of everything random."""
 
     dir: str | None = Field(None, description="none = runs/<model>-<method>")
     seed: int = 0
-    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
 
 
 class Config(Section):
@@ -162,6 +170,7 @@ class Config(Section):
     batch: Batch = Batch()
     parallel: Parallel = Parallel()
     eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
     run: Run = Run()
 
     @model_validator(mode="after")

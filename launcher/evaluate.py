@@ -13,7 +13,7 @@ from launcher.compose import load
 from launcher.errors import UserError
 from launcher.loss import Trainee
 from launcher.material import Material, load_material
-from launcher.measure import answer, fits, has_answer, share, share_exact, summed_loss
+from launcher.measure import answer, fits, has_answer, parts, share, share_exact, summed_loss
 from launcher.reload import Reloaded, open_run
 from launcher.report import printable
 from launcher.variables import parse
@@ -46,12 +46,14 @@ def main(args: list[str]) -> int:
 
 def examine(name: str, run: Reloaded, material: Material) -> dict[str, Any]:
     """Loss in nats a trained token; share of greedy last answers that are exact, and that are valid JSON where asked."""
-    nats, tokens = summed_loss(Trainee(run.model), material.held_out, BATCH, run.model.device)
+    device = run.model.device
+    sums = [summed_loss(Trainee(run.model), part, device) for part in parts(material.held_out, BATCH)]
+    nats, tokens = (sum(column) for column in zip(*sums, strict=True))
     asked = [m for m in material.splits.held_out if has_answer(m) and fits(run.tokenizer, m, material.longest)]
     said: list[str] = []
     chunks = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
     for chunk in track(chunks, description=f"{name} answers", console=Console(stderr=True), transient=True):
-        said += answer(run.model, run.tokenizer, chunk, run.stop_ids)
+        said += answer(run.model, run.tokenizer, chunk, run.stop_ids, device)
     right = [messages[-1]["content"] for messages in asked]
     return {
         "loss": round(nats / tokens, 4),

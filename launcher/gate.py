@@ -37,7 +37,7 @@ def check_file(
         raise IntegrityError(f"{file} cannot be read back ({error}); {_ADVICE}") from None
     faults = find_faults(saved, expected)
     if start:
-        still = [name for name, tensor in saved.items() if start.get(name) == _digest(tensor)]
+        still = [name for name in start.keys() & saved.keys() if start[name] == _digest(saved[name])]
         moving = set(saved) - set(still)
         faults += [f"{name} has not changed since the start" for name in still if name not in set(idle) or not moving]
     if faults:

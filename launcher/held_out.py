@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from launcher import measure
-from launcher.job import Job
+from launcher.job import Job, is_stop_agreed
 from launcher.report import printable
 
 
@@ -47,13 +47,17 @@ class Evaluation:
         return told
 
 
-def evaluate(job: Job, step: int) -> Evaluation:
-    """Measure a part of the held-out split with the model as it is. Every process must call this together."""
+def evaluate(job: Job, step: int) -> Evaluation | None:
+    """Measure a part of the held-out split with the model as it is; None if the processes agreed to stop meanwhile.
+
+    Every process must call this together.
+    """
     job.model.eval()
     chosen = part(job)
-    found = Evaluation(step, mean_loss(job, chosen), len(chosen))
-    if job.accelerator.is_main_process:
-        found = answered(job, found, job.peft_model)
+    loss = mean_loss(job, chosen)
+    if loss is None:
+        return None
+    found = answered(job, Evaluation(step, loss, len(chosen)), job.peft_model)
     job.accelerator.wait_for_everyone()
     job.model.train()
     return found
@@ -67,25 +71,42 @@ def part(job: Job) -> list[int]:
     return [longest, *others[: job.config.eval.examples - 1]]
 
 
-def mean_loss(job: Job, chosen: Sequence[int]) -> float:
-    """Mean loss in nats a trained token of these held-out examples, shared out over the processes."""
-    accelerator = job.accelerator
-    mine = [job.material.held_out[i] for i in chosen[accelerator.process_index :: accelerator.num_processes]]
-    with accelerator.autocast():
-        share = measure.summed_loss(job.model, mine, job.micro, accelerator.device)
-    sums = accelerator.reduce(torch.tensor(share, dtype=torch.float64, device=accelerator.device), "sum")
+def mean_loss(job: Job, chosen: Sequence[int]) -> float | None:
+    """Mean loss in nats a trained token of these held-out examples, shared out over the processes.
+
+    None if the processes agreed to stop meanwhile. All of them read equally many parts, some of them one in vain: under
+    ZeRO-3 they gather the base together.
+    """
+    accelerator, device = job.accelerator, job.accelerator.device
+    parts = measure.parts([job.material.held_out[i] for i in chosen], job.micro)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for first in range(0, len(parts), accelerator.num_processes):
+        job.beat.at("the evaluation")
+        if is_stop_agreed(job):
+            return None
+        mine = first + accelerator.process_index
+        with accelerator.autocast():
+            found = measure.summed_loss(job.model, parts[min(mine, len(parts) - 1)], device)
+        if mine < len(parts):
+            sums += torch.tensor(found, dtype=torch.float64, device=device)
+    sums = accelerator.reduce(sums, "sum")
     return (sums[0] / sums[1]).item()
 
 
 def answered(job: Job, found: Evaluation, model: Any) -> Evaluation:
-    """The evaluation with the answers of `model` to the first held-out questions."""
+    """The evaluation with the answers of `model` to the first held-out questions.
+
+    The first process asks it; under ZeRO-3 all of them do, together.
+    """
+    if not (job.accelerator.is_main_process or job.is_base_sharded):
+        return found
     asked = [m for m in job.material.splits.held_out if measure.has_answer(m)][: job.config.eval.answers]
     # What was too long to train on is not asked either.
     asked = [m for m in asked if measure.fits(job.tokenizer, m, job.material.longest)]
     if not asked:
         return found
     with job.accelerator.autocast():
-        said = measure.answer(model.eval(), job.tokenizer, asked, job.material.stop_ids)
+        said = measure.answer(model.eval(), job.tokenizer, asked, job.material.stop_ids, job.accelerator.device)
     right = [messages[-1]["content"] for messages in asked]
     return replace(
         found, answers=len(asked), exact_match=measure.share_exact(said, right),

@@ -1,30 +1,35 @@
-"""What is assembled before the loop: processes, data, model, optimizer, and the state of an earlier attempt."""
+"""What is assembled before the loop: data, model, optimizer; and what all processes do together around it."""
 
-import os
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from torch.nn.parallel import DistributedDataParallel
 
-from launcher import checkpoint, gate, methods, models
+from launcher import checkpoint, gate, methods, models, shards
+from launcher.architecture import Architecture
+from launcher.arithmetic import num_steps, split_batch
 from launcher.batches import each_alone, is_packing_cheaper, micro_batches, order, pack
+from launcher.beat import Beat
 from launcher.catalogue import ModelCard, card
 from launcher.config import Config
 from launcher.encoding import Example
 from launcher.errors import UserError
-from launcher.hardware import detect
+from launcher.failures import is_disk_full
 from launcher.loss import Trainee
 from launcher.material import Material
-from launcher.plan import num_steps, resolve_dtype, split_batch
+from launcher.stopping import Stop
 from launcher.weights import Weights
 
 
 @dataclass
 class Job:
-    """What the phases of one training share. `start` has digests of the trained tensors before the first step."""
+    """What the phases of one training share. `start` has digests of the trained tensors before the first step.
+
+    `saved_step` is that of the newest checkpoint; `is_checkpoint_owed` after one that did not fit on the disk.
+    """
 
     config: Config
     accelerator: Accelerator
@@ -33,12 +38,16 @@ class Job:
     card: ModelCard
     micro: int
     steps: int
-    shape: models.Shape
+    architecture: Architecture
     is_packed: bool
+    stop: Stop
+    beat: Beat
     model: Any = None
     optimizer: Any = None
     parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     start: dict[str, str] = field(default_factory=dict)
+    saved_step: int = 0
+    is_checkpoint_owed: bool = False
 
     @property
     def tokenizer(self) -> Any:
@@ -53,11 +62,20 @@ class Job:
     @property
     def quadratic(self) -> float:
         """The length at which attention costs a token as much as its matrices do (see `batches.cost`)."""
-        return 6.0 * self.shape.width
+        return 6.0 * self.architecture.width
 
     def rows(self, micro: list[Example]) -> list[list[Example]]:
         """How the examples of a micro-batch lie in rows."""
         return pack(micro, self.quadratic) if self.is_packed else each_alone(micro)
+
+    def take_smaller_parts(self, micro: int, accumulation: int) -> None:
+        """Begin the step again, with `micro` examples at a time."""
+        self.micro = micro
+        self.optimizer.zero_grad()
+        self.accelerator.step = 0
+        self.accelerator.gradient_accumulation_steps = accumulation
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def inner_optimizer(self) -> Any:
@@ -70,56 +88,37 @@ class Job:
         return "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether DeepSpeed holds the optimizer state in shards."""
-        return hasattr(self.model, "zero_optimization_stage")
+    def stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage, asked of the engine; None where DeepSpeed does not run."""
+        return self.model.zero_optimization_stage() if hasattr(self.model, "zero_optimization_stage") else None
+
+    @property
+    def is_base_sharded(self) -> bool:
+        """Whether the frozen base is shared out too, so that every forward pass needs every process."""
+        return self.stage == 3
 
     @property
     def strategy(self) -> str:
         """The strategy that really runs, asked of the engine and not of the configuration."""
-        if self.is_sharded:
-            return f"zero{self.model.zero_optimization_stage()}"
-        return "single" if self.accelerator.num_processes == 1 else "ddp"
+        if self.stage is None:
+            return "ddp" if isinstance(self.model, DistributedDataParallel) else "single"
+        offload = self.model.zero_offload_param()
+        return f"zero{self.stage}" + ("-offload" if offload and offload.device != "none" else "")
 
-
-def start_processes(config: Config) -> Accelerator:
-    """Join the process group that the launcher announced in the environment, on gloo where there is no GPU."""
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            _without_compiler()
-    # DeepSpeed calls torch by names that torch gives up; the person at the screen can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    world = world_size()
-    micro, accumulation = split_batch(config, world)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if resolve_dtype(config, detect().has_bf16) == "bf16" else "no",
-        gradient_accumulation_steps=accumulation,
-        # Without the explicit backend accelerate sees one process while DeepSpeed sees several.
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if world > 1 and not on_gpu else [],
-    )
-    assert accelerator.num_processes == world, f"{accelerator.num_processes} processes joined, {world} were started"
-    if plugin := accelerator.state.deepspeed_plugin:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro
-        plugin.deepspeed_config["gradient_clipping"] = config.optim.clip
-    return accelerator
-
-
-def world_size() -> int:
-    """How many processes the launcher announced."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _without_compiler() -> None:
-    """Keep DeepSpeed's gloo backend from compiling its shared-memory all-reduce: a fresh machine has no C++ compiler."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    @property
+    def num_trained(self) -> int:
+        """Trained parameters, over all processes."""
+        return sum(map(shards.num_elements, self.parameters.values()))
 
 
 def assemble(
-    config: Config, accelerator: Accelerator, weights: Weights, material: Material, shape: models.Shape
+    config: Config,
+    accelerator: Accelerator,
+    weights: Weights,
+    material: Material,
+    architecture: Architecture,
+    stop: Stop | None = None,
+    beat: Beat | None = None,
 ) -> Job:
     """Everything but the model. Raises `UserError` for packing that this model cannot do exactly."""
     job = Job(
@@ -130,12 +129,14 @@ def assemble(
         card=card(config.model.name),
         micro=split_batch(config, accelerator.num_processes)[0],
         steps=num_steps(config, len(material.train)),
-        shape=shape,
+        architecture=architecture,
         is_packed=config.batch.packing is True,
+        stop=stop or Stop(),
+        beat=beat or Beat(None),
     )
-    if job.is_packed and job.shape.is_local:
+    if job.is_packed and job.architecture.is_local:
         raise UserError("batch.packing: this model has layers that read a window only; try batch.packing=off")
-    if config.batch.packing == "auto" and not job.shape.is_local:
+    if config.batch.packing == "auto" and not job.architecture.is_local:
         job.is_packed = is_packing_cheaper(sample_micros(job), job.quadratic)
     return job
 
@@ -156,17 +157,24 @@ def sample_micros(job: Job, num_steps: int = 20) -> list[list[Example]]:
 def load_model(job: Job) -> None:
     """Base, adapter and optimizer, prepared by accelerate for the strategy that was launched."""
     config, accelerator = job.config, job.accelerator
+    job.beat.at("loading the base")
     base = models.load_base(job.weights.path, job.dtype, config.quant, accelerator.device)
     if config.model.gradient_checkpointing:
         models.checkpoint_gradients(base)
     torch.manual_seed(config.run.seed)
-    trainee = Trainee(methods.attach(base, config.adapter, job.material.train)).train()
-    if accelerator.is_main_process:
-        job.start = gate.digests(methods.trainable(trainee)) | gate.digests(methods.saved_tensors(trainee.model))
+    trainee = Trainee(methods.attach(base, config.adapter)).train()
     optimizer = make_optimizer(config, trainee)
     with models.quiet():
         job.model, job.optimizer = accelerator.prepare(trainee, optimizer)
     job.parameters = methods.trainable(accelerator.unwrap_model(job.model))
+    if config.adapter.method == "prefix" and config.adapter.start == "text":
+        (prefix,) = job.parameters.values()
+        value = methods.prefix_from_text(
+            job.peft_model, job.material.train, config.adapter.num_tokens, accelerator.device
+        )
+        shards.write_parameter(prefix, value, job.stage)
+    with shards.gathered(job.parameters.values()):
+        job.start = gate.digests(job.parameters) | gate.digests(methods.saved_tensors(job.peft_model))
 
 
 def make_optimizer(config: Config, trainee: Trainee) -> torch.optim.Optimizer:
@@ -192,7 +200,7 @@ def _groups(parameters: dict[str, torch.nn.Parameter], ratio: float) -> list[dic
 def check_strategy(job: Job) -> None:
     """Refuse to train with another strategy than the one asked for: it must never be lost silently."""
     asked = job.config.parallel.strategy
-    if job.is_sharded and job.config.optim.name == "paged_adamw":
+    if job.stage is not None and job.config.optim.name == "paged_adamw":
         raise UserError("DeepSpeed cannot shard a paged optimizer; try PEFT=lora, or start one plain process")
     if asked not in ("auto", job.strategy):
         raise UserError(
@@ -201,17 +209,43 @@ def check_strategy(job: Job) -> None:
         )
 
 
-def save_checkpoint(job: Job, step: int) -> None:
-    """Gather the trained state from every process; the first one writes it."""
+def is_stop_agreed(job: Job) -> bool:
+    """Whether any process was told to stop; all of them get the same answer."""
+    return is_agreed(job, job.stop.is_set)
+
+
+def is_agreed(job: Job, value: bool) -> bool:
+    """Whether this is true of any process."""
+    flag = torch.tensor(float(value), device=job.accelerator.device)
+    return job.accelerator.reduce(flag, "sum").item() > 0
+
+
+def save_checkpoint(job: Job, step: int, loss: float | None = None) -> bool:
+    """Gather the trained state from every process; the first one writes it. False if the disk is full.
+
+    `loss` is the held-out loss where it was measured at this step.
+    """
+    job.beat.at("a checkpoint")
     state = gather_state(job)
+    is_full = False
     if job.accelerator.is_main_process:
         config = job.config
-        position = step * config.batch.size
         start = {f"param/{name}": job.start[name] for name in job.parameters}
-        checkpoint.write(config.run_dir, state, start, step=step, position=position, keep=config.run.keep)
-    job.accelerator.wait_for_everyone()
+        position = step * config.batch.size
+        try:
+            checkpoint.write(
+                config.run_dir, state, start, step=step, position=position, keep=config.checkpoint.keep, loss=loss
+            )
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            is_full = True
+    if is_agreed(job, is_full):
+        return False
+    job.saved_step = step
+    return True
 
 
 def gather_state(job: Job) -> dict[str, torch.Tensor]:
     """The whole trained state; every process must call this together."""
-    return checkpoint.gather(job.parameters, job.inner_optimizer, sharded=job.is_sharded)
+    return checkpoint.gather(job.parameters, job.inner_optimizer, job.stage)

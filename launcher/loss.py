@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from launcher.methods import bare, prefix_cache
+from launcher.shards import gathered
 
 CHUNK = 256
 
@@ -21,17 +22,19 @@ class FrozenHeadLoss(torch.autograd.Function):
     """Sum of cross-entropies of `head(hidden)` against `targets`, without keeping logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: torch.nn.Linear) -> torch.Tensor:
         """`hidden` [N, D], `targets` int64 [N] -> scalar fp32, the sum over N in nats."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
-        for start in range(0, len(targets), CHUNK):
-            part = hidden[start : start + CHUNK].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = head(part).float()
-                loss = F.cross_entropy(logits, targets[start : start + CHUNK], reduction="sum")
-            (gradient[start : start + CHUNK],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
+        # Gathered once and used as a function: processes have different numbers of chunks, and must gather in step.
+        with gathered(head.parameters()):
+            for start in range(0, len(targets), CHUNK):
+                part = hidden[start : start + CHUNK].detach().requires_grad_()
+                with torch.enable_grad():
+                    logits = F.linear(part, head.weight, head.bias).float()
+                    loss = F.cross_entropy(logits, targets[start : start + CHUNK], reduction="sum")
+                (gradient[start : start + CHUNK],) = torch.autograd.grad(loss, part)
+                total += loss.detach()
         ctx.save_for_backward(gradient)
         return total
 

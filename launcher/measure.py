@@ -14,14 +14,18 @@ from launcher.encoding import Example, count_trained
 MARGIN = 16
 
 
+def parts(examples: Sequence[Example], micro: int) -> list[list[Example]]:
+    """The examples, `micro` of similar length at a time."""
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    return [ordered[first : first + micro] for first in range(0, len(ordered), micro)]
+
+
 @torch.no_grad()
 def summed_loss(
-    trainee: Callable[..., torch.Tensor], examples: Sequence[Example], micro: int, device: torch.device
+    trainee: Callable[..., torch.Tensor], part: Sequence[Example], device: torch.device
 ) -> tuple[float, int]:
-    """(sum of the loss in nats, number of trained tokens) of `examples`, `micro` of similar length at a time."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    parts = [ordered[first : first + micro] for first in range(0, len(ordered), micro)]
-    return sum(trainee(**collate(each_alone(part), device)).item() for part in parts), count_trained(ordered)
+    """(sum of the loss in nats, number of trained tokens) of a few examples, read at once."""
+    return trainee(**collate(each_alone(part), device)).item(), count_trained(part)
 
 
 def has_answer(messages: list[Message]) -> bool:
@@ -34,16 +38,21 @@ def fits(tokenizer: Any, messages: list[Message], longest: int) -> bool:
     return len(prompt_ids(tokenizer, messages[:-1])) < longest
 
 
-def answer(model: Any, tokenizer: Any, asked: Sequence[list[Message]], stop_ids: Sequence[int]) -> list[str]:
+def answer(
+    model: Any, tokenizer: Any, asked: Sequence[list[Message]], stop_ids: Sequence[int], device: torch.device
+) -> list[str]:
     """Greedy answers to conversations, in place of their last turn and little longer than the longest of those."""
     right = [messages[-1]["content"] for messages in asked]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in right)
     prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in asked]
-    return tokenizer.batch_decode(generate(model, prompts, longest + MARGIN, stop_ids), skip_special_tokens=True)
+    out = generate(model, prompts, longest + MARGIN, stop_ids, device)
+    return tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
 @torch.no_grad()
-def generate(model: Any, prompts: Sequence[list[int]], max_tokens: int, stop_ids: Sequence[int]) -> torch.Tensor:
+def generate(
+    model: Any, prompts: Sequence[list[int]], max_tokens: int, stop_ids: Sequence[int], device: torch.device
+) -> torch.Tensor:
     """Greedy continuations int64 [B, <= max_tokens] of a left-padded batch, `model` bare or with its adapter."""
     num_prefix = methods.num_prefix(model)
     module = methods.bare(model)
@@ -58,7 +67,7 @@ def generate(model: Any, prompts: Sequence[list[int]], max_tokens: int, stop_ids
     room = module.config.max_position_embeddings - length
     with models.quiet():
         out = module.generate(
-            input_ids=ids.to(module.device), attention_mask=mask.to(module.device), do_sample=False,
+            input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
             max_new_tokens=min(max_tokens, room), past_key_values=methods.prefix_cache(model, len(prompts)),
             eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
         )  # fmt: skip

@@ -1,7 +1,9 @@
 """The PEFT methods: what is attached to the frozen base, and how it is read back. docs/methods.md compares them."""
 
+import copy
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from peft import (
     PrefixTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
-    initialize_kv_prefix_from_past_key_values,
+    prompt_embeddings_from_past_key_values,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as IA3_FEEDFORWARD
+from safetensors.torch import save_file
 from torch.nn import Linear
 from transformers import Cache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,15 +27,17 @@ from launcher.config import Adapter
 from launcher.encoding import Example
 from launcher.errors import UserError
 from launcher.models import quiet
+from launcher.rundir import ADAPTER_FILE
 
 # What PEFT calls the parameters of our methods.
+PREFIX = "prompt_embeddings"
 PARAMETER_NAMES = ("lora_", "ia3_", "prompt_encoder")
 
 
-def attach(base: PreTrainedModel, adapter: Adapter, examples: Sequence[Example] = ()) -> PeftModel:
+def attach(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """A `PeftModel` whose adapter parameters are fp32 and trainable, the base frozen.
 
-    `examples` are what a prefix that starts from text is started from. Raises `UserError` for what this base cannot do.
+    Raises `UserError` for what this base cannot do.
     """
     _require_plain_logits(base)
     try:
@@ -46,8 +51,6 @@ def attach(base: PreTrainedModel, adapter: Adapter, examples: Sequence[Example] 
         raise UserError("adapter.targets: the head stays frozen, the loss relies on it; try adapter.targets=all-linear")
     for parameter in trainable(model).values():
         parameter.data = parameter.data.float()
-    if adapter.method == "prefix" and adapter.start == "text":
-        _start_from_text(model, examples, adapter.num_tokens)
     return model
 
 
@@ -106,14 +109,16 @@ def _feedforward(base: PreTrainedModel) -> Sequence[str]:
 
 
 @torch.no_grad()
-def _start_from_text(model: PeftModel, examples: Sequence[Example], num_tokens: int) -> None:
-    """Fill the prefix with the keys and values that the base has after reading the first examples.
+def prefix_from_text(
+    model: PeftModel, examples: Sequence[Example], num_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """The keys and values that the base has after reading the first examples, [num_tokens, layers x 2 x heads x dim].
 
     A random prefix is noise that attention must first learn to ignore; this one begins as a few-shot prompt.
     """
     ids = itertools.islice(itertools.chain.from_iterable(itertools.cycle([e.ids for e in examples])), num_tokens)
-    read = model.get_base_model()(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=True)
-    initialize_kv_prefix_from_past_key_values(model, past_key_values=read.past_key_values)
+    read = model.get_base_model()(input_ids=torch.tensor([list(ids)], device=device), use_cache=True)
+    return prompt_embeddings_from_past_key_values(read.past_key_values, num_virtual_tokens=num_tokens)
 
 
 def bare(model: Any) -> PreTrainedModel:
@@ -143,13 +148,27 @@ def _require_plain_logits(base: PreTrainedModel) -> None:
 
 
 def saved_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names that PEFT's files give them."""
-    return get_peft_model_state_dict(model)
+    """The active adapter's tensors under the names that PEFT's files give them."""
+    config = model.active_peft_config
+    if config.is_prompt_learning and not config.prefix_projection:
+        # PEFT would run the embedding as a module, which under ZeRO-3 takes all processes.
+        return {PREFIX: model.prompt_encoder[model.active_adapter].embedding.weight}
+    return get_peft_model_state_dict(model, adapter_name=model.active_adapter)
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write the standard PEFT folder of the active adapter, as `save_pretrained` does but for its model card."""
+    folder.mkdir()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved_tensors(model).items()}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config = copy.copy(model.active_peft_config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
 def saved_name(parameter: str) -> str:
     """The name in PEFT's files of a trained parameter of a `PeftModel`."""
-    return "prompt_embeddings" if "prompt_encoder" in parameter else parameter.replace(".default", "")
+    return PREFIX if "prompt_encoder" in parameter else parameter.replace(".default", "")
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from launcher import checkpoint, gate, methods, models, preview, rundir
+from launcher import checkpoint, gate, methods, models, preview, rundir, shards
 from launcher.batches import each_alone, padding_share
 from launcher.held_out import Evaluation, answered, mean_loss, part
 from launcher.job import Job, gather_state, sample_micros
 from launcher.plan import notes
 from launcher.plots import Curve, draw_loss
-from launcher.reload import load_adapter
+from launcher.reload import load_adapter, swap_adapter
 from launcher.report import Report, read_evaluations, read_metrics
 from launcher.rundir import ADAPTER_FILE
 from launcher.variables import ROOT
@@ -29,9 +29,15 @@ def save_adapter(job: Job) -> None:
 
     The adapter is written under another name, read back and held against what was trained. Raises `IntegrityError`.
     """
+    job.beat.at("the adapter")
     state = gather_state(job)
-    if not job.accelerator.is_main_process:
-        return
+    with shards.gathered(job.parameters.values()):
+        if job.accelerator.is_main_process:
+            _write_adapter(job, state)
+    job.accelerator.wait_for_everyone()
+
+
+def _write_adapter(job: Job, state: dict[str, torch.Tensor]) -> None:
     run_dir, peft_model = job.config.run_dir, job.peft_model
     peft_model.peft_config["default"].base_model_name_or_path = job.card.hub or str(job.weights.path)
     # The fp32 masters: an engine may compute with rounded copies.
@@ -40,20 +46,27 @@ def save_adapter(job: Job) -> None:
     part = run_dir / "adapter.part"
     shutil.rmtree(part, ignore_errors=True)
     with models.quiet():
-        peft_model.save_pretrained(part)
+        methods.save(peft_model, part)
     idle = {methods.saved_name(name.removeprefix("param/model.")) for name in checkpoint.idle(state)}
     gate.check_file(part / ADAPTER_FILE, methods.saved_tensors(peft_model), job.start, idle)
+    for file in part.iterdir():
+        rundir.sync(file)
     shutil.rmtree(run_dir / "adapter", ignore_errors=True)
     part.rename(run_dir / "adapter")
     job.tokenizer.save_pretrained(run_dir / "tokenizer")
 
 
-def conclude(job: Job, report: Report, step: int) -> dict[str, Any]:
-    """Measure, save, and let the reloaded adapter answer; the results for the manifest, over the whole held-out split."""
+def conclude(job: Job, report: Report, step: int) -> dict[str, Any] | None:
+    """Measure, save, and let the reloaded adapter answer; the results for the manifest, over the whole held-out split.
+
+    None if the processes agreed to stop while they measured.
+    """
     job.model.eval()
     chosen, everything = part(job), range(len(job.material.held_out))
-    last = Evaluation(step, mean_loss(job, chosen), len(chosen))
-    whole = Evaluation(step, mean_loss(job, everything), len(everything))
+    part_loss, whole_loss = mean_loss(job, chosen), mean_loss(job, everything)
+    if part_loss is None or whole_loss is None:
+        return None
+    last, whole = Evaluation(step, part_loss, len(chosen)), Evaluation(step, whole_loss, len(everything))
     save_adapter(job)
     reloaded, difference = check_reloaded(job)
     if reloaded is not None:
@@ -69,8 +82,14 @@ def check_reloaded(job: Job) -> tuple[Any, float]:
     """Put the saved adapter on a fresh base and compare its logits with those of the live model, which is given up.
 
     Returns the reloaded model and the largest difference (see `gate.check_logits`). Every process must call this
-    together; all but the first get (None, 0).
+    together; all but the first get (None, 0). A base that is sharded fits into no process: there the saved adapter takes
+    the place of the trained one on the same base, in all of them.
     """
+    job.beat.at("reading the adapter back")
+    if job.is_base_sharded:
+        live = probe(job, job.peft_model)
+        model = swap_adapter(job.peft_model, job.config.run_dir / "adapter")
+        return model, gate.check_logits(live, probe(job, model), job.dtype)
     live = probe(job, job.peft_model) if job.accelerator.is_main_process else None
     # Two bases at once may be one too many for the memory.
     job.model = job.optimizer = None
@@ -122,7 +141,8 @@ def describe(job: Job, command: str) -> dict[str, Any]:
             "train_examples": len(job.material.train),
             "held_out_examples": len(job.material.held_out),
             "packing": job.is_packed,
-            "trained_parameters": sum(p.numel() for p in job.parameters.values()),
+            "trained_parameters": job.num_trained,
+            "frozen_held": sum(shards.num_held(p) for p in job.peft_model.parameters() if not p.requires_grad),
         },
         "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in PACKAGES}},
         "git": git_revision(),
@@ -144,9 +164,10 @@ def git_revision() -> str | None:
 def announce(job: Job, report: Report, step: int) -> None:
     """The first lines of a run."""
     config, world = job.config, job.accelerator.num_processes
-    trained = sum(parameter.numel() for parameter in job.parameters.values())
     batch = f"{job.micro} x {job.accelerator.gradient_accumulation_steps} x {world}"
-    report.say(f"{config.model.name} + {config.adapter.method}: {trained:,} trained parameters -> {config.run_dir}")
+    report.say(
+        f"{config.model.name} + {config.adapter.method}: {job.num_trained:,} trained parameters -> {config.run_dir}"
+    )
     report.say(f"{job.steps} steps of {config.batch.size} examples ({batch}), strategy {job.strategy}, {packing(job)}")
     for note in notes(config, on_gpu=job.accelerator.device.type == "cuda"):
         report.say(f"note: {note}")
@@ -168,11 +189,11 @@ def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
     """Mark the run finished and say what to do next."""
     run_dir = job.config.run_dir
     training, held_out = read_metrics(run_dir), read_evaluations(run_dir)
+    points = [[(record["step"], record["loss"]) for record in records] for records in (training, held_out)]
+    draw_loss(Curve(*points), run_dir)
     # Of the first attempt, if there were several.
     start = held_out[0]
     rundir.write_manifest(run_dir, {**manifest, "state": "finished", "results": {"start": start, **results}})
-    points = [[(record["step"], record["loss"]) for record in records] for records in (training, held_out)]
-    draw_loss(Curve(*points), run_dir)
     name = rundir.make_argument(run_dir)
     print(f"\nsaved to {run_dir}, read back and equal, {results['wall_s']:.0f} s in all. Next:")
     print(f"  make chat{name}    talk to it\n  make eval{name}    compare it with the base")

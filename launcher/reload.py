@@ -21,6 +21,7 @@ from launcher.models import quiet
 from launcher.rundir import ADAPTER_FILE
 from launcher.weights import fetch_again
 
+SWAPPED = "saved"
 Hold = Literal["merged", "4bit", "adapters"]
 Progress = Callable[[str, int, int], None]
 
@@ -121,6 +122,15 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         for parameter in adapter_parameters(model):
             parameter.data = parameter.data.float()
         set_peft_model_state_dict(model, load_file(folder / ADAPTER_FILE))
+    gate.check_file(folder / ADAPTER_FILE, methods.saved_tensors(model))
+    return model.eval()
+
+
+def swap_adapter(model: PeftModel, folder: Path) -> PeftModel:
+    """The same base with the adapter of `folder` in fp32 in place of the active one, which stays beside it."""
+    with quiet():
+        model.load_adapter(str(folder), SWAPPED, is_trainable=False)
+        model.set_adapter(SWAPPED)
     gate.check_file(folder / ADAPTER_FILE, methods.saved_tensors(model))
     return model.eval()
 

@@ -58,8 +58,10 @@ class Report:
         """One plain line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def evaluation(self, found: "Evaluation") -> None:
-        """Tell and record one evaluation."""
+    def evaluation(self, found: "Evaluation | None") -> None:
+        """Tell and record one evaluation, unless it was broken off."""
+        if found is None:
+            return
         if self._file:
             with (self._run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found.record(), ensure_ascii=False) + "\n")

@@ -19,20 +19,37 @@ from launcher.config import Config, default_run_dir
 from launcher.errors import UserError
 from launcher.variables import DEFAULT_MODEL, DEFAULT_PEFT
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "run.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 # A run may go on with these changed: they do not change what is learned.
 FREE = (
     "batch.micro",
     "parallel.strategy",
+    "parallel.timeout_s",
     "run.dir",
-    "run.checkpoint_every",
-    "run.keep",
+    "checkpoint.every",
+    "checkpoint.keep",
     "eval.every",
     "eval.examples",
     "eval.answers",
 )
+
+
+def logs_dir(run_dir: Path) -> Path:
+    """Where the processes of a run write what they say, one file each."""
+    return run_dir / "logs"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of a run; raises `UserError` where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); try RUN= with a folder that can") from None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -43,6 +60,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk before what comes next."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_manifest(run_dir: Path, manifest: dict[str, Any]) -> None:
@@ -96,7 +123,9 @@ def _runs_hint(run_dir: Path) -> str:
 def check_claim(config: Config) -> bool:
     """Whether this configuration would resume an interrupted run; raises `UserError` if the folder is taken."""
     run_dir = config.run_dir
-    if not run_dir.exists() or not any(p.name != "lock" for p in run_dir.iterdir()):
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a folder; try another name: RUN={run_dir.name}-2")
+    if not run_dir.exists() or all(p.name in ("lock", "logs") or p.suffix == ".part" for p in run_dir.iterdir()):
         return False
     if not (run_dir / MANIFEST).exists():
         raise UserError(f"{run_dir} exists and is not a run; try another name: RUN={run_dir.name}-2")
@@ -128,7 +157,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for one training; raises `UserError` if another one writes into it. The kernel lets go."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run_dir)
     with (run_dir / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,14 +30,14 @@ def fresh(kind):
 def test_a_resumed_run_is_bit_identical(kind, tmp_path):
     parameters, optimizer = fresh(kind)
     train(optimizer, parameters, 3)
-    state = checkpoint.gather(parameters, optimizer, sharded=False)
+    state = checkpoint.gather(parameters, optimizer)
     checkpoint.write(tmp_path, state, {}, step=3, position=48, keep=2)
     train(optimizer, parameters, 6, first=3)
 
     again, other = fresh(kind)
     found, passed_over = checkpoint.newest(tmp_path)
     assert (found.step, found.position, passed_over) == (3, 48, [])
-    checkpoint.put_back(checkpoint.read(found), again, other, step=3, sharded=False)
+    checkpoint.put_back(checkpoint.read(found), again, other, step=3)
     train(other, again, 6, first=3)
     assert all(torch.equal(again[name], parameters[name]) for name in parameters)
 

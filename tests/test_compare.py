@@ -36,7 +36,7 @@ def a_run(folder, *words, done=STEPS, state="finished", rate=0.1, data="one", ba
     config = load(parse(["data.limit=640", *words, f"RUN={folder}"]))
     folder.mkdir(parents=True)
     manifest = {
-        "format": 2,
+        "format": 3,
         "state": state,
         "command": "make train",
         "config": config.model_dump(mode="json"),
@@ -176,7 +176,7 @@ BAD = {
     ("RUNS={there}/one {there}/quite",): "no such run; choose from: empty, old, one, other, torn",
     ("RUNS={there}/one {there}/nowhere/one",): "no such run; try: make train",
     ("RUNS={there}/one {there}/empty",): "empty: no step done yet (running); try again after its first",
-    ("RUNS={there}/one {there}/old",): "format 1, this version reads 2; train again",
+    ("RUNS={there}/one {there}/old",): "format 1, this version reads 3; train again",
     ("RUNS={there}/one {there}/torn",): "eval.json: damaged; try: rm",
     ("RUN={there}/one", "RUN=a;b"): "try RUN=my-run",
     ("RUNSS=a b",): "did you mean RUNS?",

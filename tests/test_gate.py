@@ -16,20 +16,19 @@ START = gate.digests({"a": torch.zeros(4), "b": torch.zeros(2, 3)})
 # Damages what is written into the adapter's file, as a broken disk, a sharded save or a lost update would.
 PLANT = """
 import sys, torch
-import peft.peft_model as peft_model
-from launcher import outcome, train
+from launcher import loop, methods, train
 from launcher.errors import run_main
-save = peft_model.safe_save_file
+save = methods.save_file
 first = {}
-def keep_start(job, inner=train.load_model):
+def keep_start(job, inner=loop.load_model):
     inner(job)
-    first.update({k: v.clone() for k, v in outcome.methods.saved_tensors(job.peft_model).items()})
-train.load_model = keep_start
+    first.update({k: v.clone() for k, v in methods.saved_tensors(job.peft_model).items()})
+loop.load_model = keep_start
 def planted(tensors, file, **rest):
     name = sorted(k for k in tensors if "lora_B" in k)[0]
     damage = {"empty": torch.zeros(0), "nan": tensors[name] * float("nan"), "unchanged": first[name]}["DAMAGE"]
     save({**tensors, name: damage}, file, **rest)
-peft_model.safe_save_file = planted
+methods.save_file = planted
 run_main(train.main)
 """
 SAYS = {"empty": "is empty", "nan": "is not finite", "unchanged": "has not changed since the start"}
@@ -91,7 +90,7 @@ def test_a_damaged_adapter_fails_the_run_and_keeps_the_checkpoint(tiny_llama, tm
     run = tmp_path / "run"
     args = [
         f"MODEL={tiny_llama}", f"RUN={run}", "data.limit=64", "batch.size=8", "model.dtype=fp32", "optim.lr=1e-2",
-        "run.checkpoint_every=4", "eval.examples=1", "eval.answers=0",
+        "checkpoint.every=4", "eval.examples=1", "eval.answers=0",
     ]  # fmt: skip
     done = run_python("-c", PLANT.replace("DAMAGE", damage), *args)
     assert done.returncode == 1

@@ -74,7 +74,7 @@ def test_only_the_adapter_is_trained_and_it_starts_at_the_base(tiny):
 def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(tiny, method):
     examples = some_examples(8, 64)
     base = AutoModelForCausalLM.from_pretrained(tiny)
-    model = methods.attach(base, Adapter(method=method), examples)
+    model = methods.attach(base, Adapter(method=method))
     for parameter in methods.trainable(model).values():
         torch.nn.init.normal_(parameter, mean=1.0 if method == "ia3" else 0.0, std=0.1)
     results = []

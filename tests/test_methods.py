@@ -238,7 +238,9 @@ def test_a_prefix_starts_from_the_keys_and_values_of_the_first_examples(tiny):
 
     examples = some_examples(3, 20)
     base = models.load_base(tiny, "fp32", Config().quant, "cpu")
-    model = methods.attach(base, Adapter(method="prefix", num_tokens=12), examples)
+    model = methods.attach(base, Adapter(method="prefix", num_tokens=12))
+    (prefix,) = methods.trainable(model).values()
+    prefix.data.copy_(methods.prefix_from_text(model, examples, 12, model.device))
     continued = collate(each_alone([examples[1]]))
     # As if the base had read the first 12 tokens of the first example before.
     first, second = torch.tensor([examples[0].ids[:12].tolist()]), continued["input_ids"]

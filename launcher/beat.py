@@ -1,0 +1,98 @@
+"""Signs of life of the processes of one run: `logs/rank-<n>.beat`, rewritten every second. Free of torch.
+
+A line `<seconds alive> <moves> <what it does>`. A process that hangs stops moving, and the others soon wait for it: the one
+with the fewest moves is the one they wait for. One that was stopped or has lost its machine does not even count seconds.
+"""
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+EVERY_S = 1.0
+
+
+class Beat:
+    """The beat of this process, written by a thread. `file` None: there is nobody to see it."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._moves = 0
+        self._doing = "starting"
+        if file:
+            self._write(0)
+            threading.Thread(target=self._run, daemon=True, name="beat").start()
+
+    def at(self, doing: str) -> None:
+        """Say what is done now. All processes pass the same places in the same order."""
+        self._moves += 1
+        self._doing = doing
+
+    @property
+    def doing(self) -> str:
+        """What is done now."""
+        return self._doing
+
+    def _run(self) -> None:
+        started = time.monotonic()
+        while True:
+            time.sleep(EVERY_S)
+            self._write(int(time.monotonic() - started))
+
+    def _write(self, seconds: int) -> None:
+        assert self._file
+        part = self._file.with_suffix(".part")
+        # A full disk must not end the thread: it says nothing for a while, and goes on.
+        with contextlib.suppress(OSError):
+            part.write_text(f"{seconds} {self._moves} {self._doing}\n", encoding="utf-8")
+            part.replace(self._file)
+
+
+@dataclass
+class _Seen:
+    content: tuple[int, int, str]
+    alive_at: float
+    moved_at: float
+
+
+class Watchdog:
+    """Looks at the beats of all processes and names the one that stopped answering.
+
+    Its clock is its own monotonic one: the clocks of several machines may differ, and any of them may jump.
+    """
+
+    def __init__(self, logs: Path, timeout_s: float) -> None:
+        self._logs = logs
+        self._timeout_s = timeout_s
+        self._seen: dict[int, _Seen] = {}
+
+    def look(self, now: float) -> tuple[int, str] | None:
+        """(rank, what it was doing) once no process has moved for the time-out; None while the run moves."""
+        for file in self._logs.glob("rank-*.beat"):
+            rank = int(file.stem.removeprefix("rank-"))
+            content = _parse(file)
+            if content is None:
+                continue
+            seen = self._seen.setdefault(rank, _Seen(content, now, now))
+            if content[0] != seen.content[0]:
+                seen.alive_at = now
+            if content[1] != seen.content[1]:
+                seen.moved_at = now
+            seen.content = content
+        # Until one has its libraries, its data and its weights there is no saying how long that takes.
+        has_begun = any(seen.content[1] for seen in self._seen.values())
+        if not has_begun or any(now - seen.moved_at < self._timeout_s for seen in self._seen.values()):
+            return None
+        silent = {rank: seen for rank, seen in self._seen.items() if now - seen.alive_at > 10 * EVERY_S}
+        rank = min(silent or self._seen, key=lambda rank: (self._seen[rank].content[1], rank))
+        doing = self._seen[rank].content[2]
+        return rank, f"{doing}; its process does not answer at all" if rank in silent else doing
+
+
+def _parse(file: Path) -> tuple[int, int, str] | None:
+    try:
+        seconds, moves, doing = file.read_text(encoding="utf-8").strip().split(" ", 2)
+        return int(seconds), int(moves), doing
+    except (OSError, ValueError):
+        return None

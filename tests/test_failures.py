@@ -1,0 +1,153 @@
+"""Failures in words, signals, and a process that is alone with too little memory."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher import failures
+from launcher.failures import Failure, block, explain
+from launcher.report import read_metrics
+from launcher.variables import ROOT
+from tests.planted import planted
+from tests.running import run_python
+
+
+def failure(message, rank=1, kind="error", at=0.0):
+    return Failure(rank, "node-a", kind, "step 12", message, at)
+
+
+@pytest.mark.parametrize(
+    ("message", "cause", "remedy"),
+    [
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "no memory left", "batch.micro"),
+        ("RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", "no memory left", "PEFT=qlora"),
+        ("DistNetworkError: EADDRINUSE: address already in use", "holds the port", "MASTER_PORT"),
+        ("DistBackendError: NCCL error: unhandled cuda error", "GPUs cannot talk", "NCCL_DEBUG=INFO"),
+        ("OSError: 401 Client Error: Unauthorized", "wants a token", "HUGGINGFACE_TOKEN"),
+        ("OSError: [Errno 28] No space left on device", "disk is full", "freeing some space"),
+        ("RuntimeError: Connection closed by peer", "did not answer", "MASTER_ADDR"),
+        ("ended by SIGKILL", "ran out of memory", "dmesg"),
+        ("ended by SIGSEGV", "native code crashed", "requirements.lock"),
+    ],
+)
+def test_what_is_known_is_explained(tmp_path, message, cause, remedy):
+    lines = block(failure(message), tmp_path)
+    assert lines[0] == f"error: rank 1 on node-a failed at step 12: {message}"
+    assert cause in lines[1]
+    assert remedy in lines[-1]
+    assert lines[-1].startswith("  try: ")
+    assert str(tmp_path / "rank-1.log") in lines[2]
+
+
+def test_what_is_not_known_still_says_where_to_look(tmp_path):
+    assert explain("KeyError: 'x'") is None
+    lines = block(failure("KeyError: 'x'"), tmp_path)
+    assert "rank-1.log" in lines[1]
+    assert "try: " in lines[2]
+
+
+def test_the_users_own_mistakes_are_told_as_ever(tmp_path):
+    lines = block(failure("a: bad; try b\nc: worse; try d", kind="user"), tmp_path)
+    assert lines == ["error: a: bad; try b", "error: c: worse; try d"]
+
+
+def test_the_first_failure_is_no_echo_and_of_this_attempt(tmp_path):
+    told = [
+        failure("RuntimeError: Connection closed by peer [127.0.0.1]", rank=0, at=1.0),
+        failure("ValueError: the rain", rank=1, at=2.0),
+        failure("ValueError: later", rank=2, at=3.0),
+        Failure(3, "node-a", "error", "step 1", "ValueError: of the attempt before", 0.5, attempt=1),
+    ]
+    for one in told:
+        (tmp_path / f"rank-{one.rank}.failure.json").write_text(json.dumps(one.__dict__))
+    (tmp_path / "rank-9.failure.json").write_text("{torn")
+    assert [f.rank for f in failures.read(tmp_path, attempt=0)] == [1, 2, 0]
+    assert [f.rank for f in failures.read(tmp_path, attempt=1)] == [3]
+
+
+PROGRAM = """
+import time
+from launcher.stopping import Stop
+stop = Stop().install()
+print("ready", flush=True)
+while not stop.is_set: time.sleep(0.01)
+print("set", flush=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize(("then", "code"), [("time.sleep(20)", None), ("stop.is_leaving = True; time.sleep(1)", 0)])
+def test_the_first_signal_asks_and_the_second_ends(name, then, code):
+    number = getattr(signal, name)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(then=then)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == "set\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == (128 + number if code is None else code)
+
+
+SMALL = ["data.limit=64", "batch.size=8", "model.dtype=fp32", "eval.examples=1", "eval.answers=0", "checkpoint.every=3"]
+# The address space ends where it is while one batch is made, and that batch asks for 4 GB: real exhaustion.
+EXHAUSTED = (
+    "import resource, torch; size = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+    "resource.setrlimit(resource.RLIMIT_AS, (size + 2**28, resource.RLIM_INFINITY))\n"
+    "            try: torch.empty(2**32, dtype=torch.uint8)\n"
+    "            finally: resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)"
+)
+
+
+def alone(model, run, *args, env=None):
+    # A launcher's rank, so that the fault is planted in it.
+    return run_python("-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", *SMALL, *args, env=env, timeout=200)
+
+
+@pytest.mark.slow
+def test_a_process_alone_takes_the_same_step_in_smaller_parts(tiny_llama, tmp_path):
+    env = planted(tmp_path / "fault", EXHAUSTED, rank=None, at=7)
+    done = alone(tiny_llama, tmp_path / "run", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "going on with 4 x 2 x 1 instead of 8 x 1 x 1" in done.stdout
+    assert alone(tiny_llama, tmp_path / "whole").returncode == 0
+    cut, whole = ([record["loss"] for record in read_metrics(tmp_path / name)] for name in ("run", "whole"))
+    assert cut == pytest.approx(whole, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_alone_costs_no_step(tiny_llama, tmp_path):
+    from launcher import checkpoint
+
+    env = planted(tmp_path / "fault", "raise RuntimeError('the rain')", rank=None, at=7)
+    done = alone(tiny_llama, tmp_path / "run", env=env)
+    assert done.returncode == 1
+    assert "the rain" in done.stderr
+    assert checkpoint.newest(tmp_path / "run")[0].step == len(read_metrics(tmp_path / "run")) == 5
+
+
+@pytest.mark.slow
+def test_one_example_that_does_not_fit_is_told_with_what_to_try(tiny_llama, tmp_path):
+    env = planted(tmp_path / "fault", EXHAUSTED, rank=None, at=7)
+    done = alone(tiny_llama, tmp_path / "run", "batch.micro=1", env=env)
+    assert done.returncode == 2
+    assert "one example at a time does not fit" in done.stderr
+    assert "try model.gradient_checkpointing=true" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_probe_tells_time_and_memory_and_leaves_nothing(tiny_llama, tmp_path):
+    done = run_python("-m", "launcher", "plan", f"MODEL={tiny_llama}", "PROBE=yes", "data.limit=200", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("time "))
+    assert "about" in line
+    assert "25 steps of" in line
+    assert "peak" in line
+    assert not (ROOT / "runs" / f"{tiny_llama.name}-lora").exists()
