@@ -1,8 +1,11 @@
 # The front door. Every target checks its variables before it installs, downloads or starts anything.
 #
 #   PEFT      lora | qlora | ia3 | prefix           MODEL  smollm2-135m | gpt-2 | llama-7b | org/name | a folder
-#   NGPU      number of processes                   DATA   cafe | a data file | a folder of texts | org/name
-#   STRATEGY  auto | single | zero2                 RUN    name of the run folder under runs/
+#   NGPU      number of processes on each machine   DATA   cafe | a data file | a folder of texts | org/name
+#   STRATEGY  auto | single | ddp | zero1 | zero2 | zero3 | zero3-offload
+#   RUN       name of the run folder under runs/
+#   HARDWARE  a box to plan for: 4x24GB             PROBE  yes: plan with a few real steps
+#   NNODES    number of machines, NODE_RANK this one's number, MASTER_ADDR where they meet (docs/cluster.md)
 #   HOLD      merged | 4bit | adapters (serving)    DTYPE  auto | bf16 | fp32 (serving)
 #   SET       any option: SET="optim.lr=2e-4 batch.size=32"
 #   RUNS      several runs, to compare: RUNS="one another"
@@ -21,11 +24,16 @@ DATA ?=
 STRATEGY ?=
 RUN ?=
 RUNS ?=
+HARDWARE ?=
+PROBE ?=
+NNODES ?=
 HOLD ?=
 DTYPE ?=
 SET ?=
 given = $(foreach name,$(1),$(if $($(name)),'$(name)=$($(name))'))
-TRAIN_ARGS = $(call given,PEFT MODEL NGPU DATA STRATEGY RUN) $(SET)
+# Where machines meet may stand in a cluster's environment; it is meant when there are several, or when it is typed.
+MEETING = $(foreach name,NODE_RANK MASTER_ADDR MASTER_PORT,$(if $(NNODES)$(filter command,$(origin $(name))),$(name)))
+TRAIN_ARGS = $(call given,PEFT MODEL NGPU DATA STRATEGY RUN HARDWARE PROBE NNODES $(MEETING)) $(SET)
 SERVED = $(or $(RUN),$(notdir $(or $(MODEL),smollm2-135m))-$(or $(PEFT),lora))
 SERVE_ARGS = 'RUN=$(SERVED)' $(call given,HOLD DTYPE)
 IMAGE ?= afinar
@@ -49,12 +57,12 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 variables:
-	@$(PYTHON) -m launcher.variables $(call given,PEFT MODEL NGPU DATA STRATEGY RUN) $(SET)
+	@$(PYTHON) -m launcher.variables $(TRAIN_ARGS)
 
 train: | variables setup ## fine-tune; resumes an interrupted run
 	@$(PY) -m launcher train $(TRAIN_ARGS)
 
-plan: | variables setup ## show what train would do
+plan: | variables setup ## show what train would do: strategy, memory and time, for this box or for HARDWARE=4x24GB
 	@$(PY) -m launcher plan $(TRAIN_ARGS)
 
 data: | variables setup ## show what train would learn from: counts, and one example with its trained part marked

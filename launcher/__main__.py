@@ -1,61 +1,98 @@
 """The front door: `python -m launcher {train,plan,data,eval,compare} [CONFIG.yaml] [VARIABLE=value …] [section.option=value …]`."""
 
 import os
-import sys
+import shlex
+from pathlib import Path
 
-from launcher import data, rundir, variables
+from launcher import architecture, data, rundir, supervise, variables
+from launcher.architecture import Architecture
+from launcher.arithmetic import num_steps
 from launcher.catalogue import card
+from launcher.choices import Demand
 from launcher.compose import load
 from launcher.config import Config
+from launcher.data import Splits
 from launcher.errors import UserError, nearest, run_main
-from launcher.hardware import detect
-from launcher.plan import Plan, num_steps, plan
+from launcher.hardware import describe, detect
+from launcher.plan import COMMAND, Nodes, Plan, plan
+from launcher.plan_text import first_lines, plan_lines
+from launcher.ports import meeting_port
+from launcher.variables import FRONT_DOOR, Variables
 from launcher.weights import fetch, fetch_words, require_token
 
-# What only the front door reads; the rest is handed on to launcher.train as it was given.
-OURS = ("NGPU",)
 
-
-def make_plan(args: list[str]) -> tuple[Config, Plan]:
+def make_plan(args: list[str]) -> tuple[Variables, Config, Splits, Plan]:
     """Check everything that can be checked without torch, and decide what will run."""
     given = variables.parse(args)
     config = load(given)
     require_token(card(config.model.name))
-    train_args = [arg for arg in args if arg.partition("=")[0] not in OURS and not arg.endswith("=")]
-    return config, plan(config, given.ngpu or 1, detect(), train_args)
+    hardware = describe(given.hardware) if given.hardware else detect()
+    ngpu = given.ngpu or (hardware.num_gpus if given.hardware and config.adapter.method != "qlora" else 1)
+    machines = nodes(given, config)
+    # What is impossible is told before any data are read.
+    plan(config, ngpu, hardware, [], nodes=machines)
+    splits = data.read(config.data)
+    model = find_architecture(config)
+    longest = min(config.data.max_length, splits.longest_tokens, model.context if model else config.data.max_length)
+    train_args = [arg for arg in args if arg.partition("=")[0] not in FRONT_DOOR and not arg.endswith("=")]
+    decided = plan(config, ngpu, hardware, train_args, Demand(model, longest), machines)
+    return given, config, splits, decided
 
 
-def show(config: Config, decided: Plan, num_examples: int) -> None:
-    """Print the plan, ending with the command that it is."""
-    batch = f"{decided.micro} x {decided.accumulation} x {decided.world}"
-    print(f"model      {config.model.name}, {decided.dtype}{', 4-bit base' if config.quant.bits else ''}")
-    print(f"method     {config.adapter.method}")
-    print(f"data       {config.data.source}, {num_examples} training examples")
-    print(f"strategy   {decided.strategy}, {decided.world} process{'es' * (decided.world > 1)}")
-    print(f"batch      {config.batch.size} = micro {batch} (micro x accumulation x processes)")
-    print(f"steps      {num_steps(config, num_examples)}")
-    for note in decided.notes:
-        print(f"note       {note}")
-    environment = " ".join(f"{name}={value}" for name, value in decided.env.items())
-    print(f"command    {environment} {' '.join(decided.argv)}")
+def nodes(given: Variables, config: Config) -> Nodes:
+    """The machines of this training."""
+    if given.num_nodes == 1:
+        return Nodes()
+    port = given.master_port or meeting_port(str(config.run_dir), os.environ)
+    return Nodes(given.num_nodes, given.node_rank, given.master_addr, port)
+
+
+def find_architecture(config: Config) -> Architecture | None:
+    """The sizes of the model, from its card, its folder or the hub; None where they cannot be had now."""
+    known = card(config.model.name)
+    if known.config:
+        return architecture.read(known.config)
+    if known.folder:
+        return architecture.read_file(Path(known.folder))
+    try:
+        return architecture.read_file(fetch_words(known, config.model.revision))
+    except UserError:
+        return None
 
 
 def run_plan(args: list[str]) -> int:
-    """`make plan`: show what `make train` would do, and do nothing."""
-    config, decided = make_plan(args)
-    show(config, decided, len(data.read(config.data).train))
-    print("Next: the same variables with `make train`.")
+    """`make plan`: show what `make train` would do, and do nothing; with PROBE=yes try a few steps of it."""
+    given, config, splits, decided = make_plan(args)
+    for line in plan_lines(config, decided, len(splits.train)):
+        print(line)
+    if given.is_probed:
+        if given.hardware:
+            raise UserError("PROBE=yes needs the hardware itself, not HARDWARE=; try one or the other")
+        from launcher import probe
+
+        print(probe.run(args, decided, num_steps(config, len(splits.train))))
+    on_that_box = f" on that box, with NGPU={len(decided.ranks)}" if given.hardware else ""
+    print(f"Next: the same variables with `make train`{on_that_box}.")
     return 0
 
 
 def run_train(args: list[str]) -> int:
-    """`make train`: check, plan, bring the weights here, then become the training program."""
-    config, decided = make_plan(args)
-    data.read(config.data)
-    if not rundir.check_claim(config):
+    """`make train`: check, plan, bring the weights here, then become the training program or look after several."""
+    given, config, _, decided = make_plan(args)
+    for name, value in (("HARDWARE", given.hardware), ("PROBE", given.is_probed)):
+        if value:
+            raise UserError(f"{name} is for planning, a training takes what there is; try: make plan, or without it")
+    is_resumed = rundir.check_claim(config)
+    rundir.make_folder(config.run_dir)
+    if not is_resumed:
         fetch(card(config.model.name), config.model.revision)
-    sys.stdout.flush()
-    os.execvpe(decided.argv[0], decided.argv, {**os.environ, **decided.env})
+    if decided.ranks[0] == 0:  # the first machine does the talking
+        print(*first_lines(decided), sep="\n", flush=True)
+    environment = {**os.environ, COMMAND: shlex.join(["python", "-m", "launcher", "train", *args])}
+    if decided.is_supervised:
+        os.environ.update(environment)
+        return supervise.run(decided, config.run_dir, config.parallel.timeout_s)
+    return os.execvpe(decided.argv[0], decided.argv, {**environment, **decided.env})
 
 
 def run_data(args: list[str]) -> int:
@@ -68,7 +105,7 @@ def run_data(args: list[str]) -> int:
 
     from launcher import material, models, preview
 
-    found = material.load_material(config, splits, folder, models.read_shape(folder).context)
+    found = material.load_material(config, splits, folder, models.read_architecture(folder).context)
     preview.show(Console(highlight=False), found, config.data)
     print("Next: the same variables with `make train`.")
     return 0

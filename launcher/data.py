@@ -17,6 +17,8 @@ from launcher.sources import Fault, Record, records
 from launcher.variables import EMBEDDED_TASK
 
 MAX_HELD_OUT = 200
+# What a chat template may write around a turn, or in front of the first.
+TEMPLATE_BYTES = 80
 MAX_FAULTS_SHOWN = 20
 SPLITS: tuple[cafe.Split, ...] = ("train", "held_out")
 NO_EXAMPLES = f"no examples in it; write records with {shapes.FORMS}"
@@ -43,6 +45,12 @@ class Splits:
     def fingerprint(self) -> str:
         """The SHA-256 of both splits: equal if and only if the same is learned and measured."""
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
+
+    @functools.cached_property
+    def longest_tokens(self) -> int:
+        """No example has more tokens, whatever the tokenizer: a token is a byte at least, a template adds to each turn."""
+        sizes = (sum(len(m["content"].encode()) + TEMPLATE_BYTES for m in messages) for messages in self.train)
+        return max(sizes, default=0) + TEMPLATE_BYTES
 
     def require(self, fingerprint: str, source: str) -> None:
         """Raise `UserError` if these are not the splits that a run was begun with."""

@@ -1,99 +1,106 @@
-"""Pure planning: (configuration, number of processes, hardware) -> what will be executed. `make plan` prints it."""
+"""Pure planning: (configuration, processes, hardware, model) -> what will be executed. `make plan` prints it.
+
+Nothing here asks the machine anything, so a plan for 64 GPUs is made, and tested, on a laptop.
+"""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from launcher.arithmetic import resolve_dtype, smaller_micro, split_batch
+from launcher.choices import Choice, Demand, doubts, pick, weigh
 from launcher.config import Config
 from launcher.errors import UserError
 from launcher.hardware import Hardware
-from launcher.variables import CONFIGS, one_process_only
+from launcher.memory import Memory
+from launcher.strategies import Strategy
 
-LARGEST_AUTO_MICRO = 16
+# The environment variable that tells the training program what the user typed.
+COMMAND = "AFINAR_COMMAND"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a training and where they meet; one machine needs no address and takes a free port."""
+
+    count: int = 1
+    rank: int = 0
+    address: str | None = None
+    port: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One training, decided: `argv` in `env` starts it; a step is `micro` x `accumulation` x `world` examples."""
+    """One training, decided: `argv` in `env` starts it; a step is `micro` x `accumulation` x `world` examples.
+
+    `ranks` are the processes of this machine; `choices` everything that was weighed, the chosen one among them. `longest`
+    bounds the tokens of an example. `notes` say how this differs from what was asked, `doubts` what is not certain.
+    """
 
     strategy: str
     world: int
+    ranks: range
     micro: int
     accumulation: int
     dtype: str
     argv: tuple[str, ...]
     env: dict[str, str]
     notes: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+    longest: int = 0
+    memory: Memory | None = None
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether accelerate's launcher starts it; else it is one plain process."""
+        return self.strategy != "single"
 
 
-def plan(config: Config, ngpu: int, hardware: Hardware, train_args: list[str]) -> Plan:
-    """Decide everything; `train_args` are handed on to `launcher.train`. Raises `UserError` for what cannot work."""
+def plan(
+    config: Config,
+    ngpu: int,
+    hardware: Hardware,
+    train_args: list[str],
+    demand: Demand | None = None,
+    nodes: Nodes | None = None,
+) -> Plan:
+    """Decide everything for `ngpu` processes on each machine; `train_args` are handed on to `launcher.train`.
+
+    Raises `UserError` for what cannot work, and where `auto` finds nothing that fits.
+    """
+    demand, nodes = demand or Demand(), nodes or Nodes()
     if hardware.num_gpus and ngpu > hardware.num_gpus:
         has = f"{hardware.num_gpus} GPU{'s' * (hardware.num_gpus > 1)}"
         raise UserError(f"NGPU={ngpu}: this box has {has}; try NGPU={hardware.num_gpus}")
-    strategy = choose_strategy(config, ngpu)
-    micro, accumulation = split_batch(config, ngpu)
+    world = ngpu * nodes.count
+    choices = weigh(config, world, ngpu, hardware, demand)
+    chosen = pick(config, choices, hardware)
+    micro, accumulation = split_batch(config, world, chosen.micro)
+    decided = (f"parallel.strategy={chosen.strategy.name}", f"batch.micro={micro}")
     return Plan(
-        strategy=strategy,
-        world=ngpu,
+        strategy=chosen.strategy.name,
+        world=world,
+        ranks=range(nodes.rank * ngpu, (nodes.rank + 1) * ngpu),
         micro=micro,
         accumulation=accumulation,
         dtype=resolve_dtype(config, hardware.has_bf16),
-        argv=(*_launcher(strategy, ngpu), "-m", "launcher.train", *train_args),
+        argv=(*_launcher(chosen.strategy, world, nodes), "-m", "launcher.train", *train_args, *decided),
         env=_environment(ngpu, hardware),
         notes=notes(config, on_gpu=hardware.num_gpus > 0),
+        doubts=tuple(doubts(chosen, hardware, demand)),
+        longest=demand.longest,
+        memory=chosen.memory,
+        choices=tuple(choices),
     )
 
 
-def choose_strategy(config: Config, ngpu: int) -> str:
-    """The strategy that `auto` means for so many processes; raises `UserError` for a combination that cannot train."""
-    asked = config.parallel.strategy
-    if config.adapter.method == "qlora" and (fault := one_process_only({"NGPU": str(ngpu), "STRATEGY": asked})):
-        raise UserError(fault)
-    if config.optim.name == "paged_adamw" and (ngpu > 1 or asked not in ("auto", "single")):
-        raise UserError("optim.name=paged_adamw is for one process, its states are not sharded; try optim.name=adamw")
-    if asked == "auto":
-        return "single" if ngpu == 1 else "zero2"
-    if asked == "single" and ngpu > 1:
-        raise UserError(f"STRATEGY=single is one process, not NGPU={ngpu}; try STRATEGY=zero2")
-    return asked
-
-
-def split_batch(config: Config, world: int) -> tuple[int, int]:
-    """(micro-batch, accumulation steps) with micro x accumulation x world = batch.size, or a `UserError`."""
-    size = config.batch.size
-    if size % world:
-        raise UserError(
-            f"batch.size={size} does not divide over {world} processes; try batch.size={_round(size, world)}"
-        )
-    if config.batch.micro == "auto":
-        share = size // world
-        micro = max(m for m in range(1, min(share, LARGEST_AUTO_MICRO) + 1) if share % m == 0)
-    else:
-        micro = config.batch.micro
-    if size % (world * micro):
-        raise UserError(
-            f"batch.size={size} is not a multiple of {world} processes x batch.micro={micro}; "
-            f"try batch.size={_round(size, world * micro)}"
-        )
-    return micro, size // (world * micro)
-
-
-def _round(size: int, multiple: int) -> int:
-    """The largest multiple up to `size`, at least one."""
-    return max(1, size // multiple) * multiple
-
-
-def resolve_dtype(config: Config, has_bf16: bool) -> str:
-    """`bf16` or `fp32`, the dtype of the forward pass."""
-    if config.model.dtype == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    return config.model.dtype
-
-
-def num_steps(config: Config, num_examples: int) -> int:
-    """Optimizer steps of the whole run; the last one is filled up from the next epoch's order."""
-    steps = max(1, -(-round(num_examples * config.optim.epochs) // config.batch.size))
-    return min(steps, config.optim.max_steps or steps)
+def halve(decided: Plan) -> Plan | None:
+    """The same with the next smaller micro-batch, and the same examples a step; None where it is one already."""
+    share = decided.micro * decided.accumulation
+    micro = smaller_micro(decided.micro, share)
+    if micro is None:
+        return None
+    return replace(decided, micro=micro, accumulation=share // micro, argv=(*decided.argv, f"batch.micro={micro}"))
 
 
 def notes(config: Config, on_gpu: bool) -> tuple[str, ...]:
@@ -103,17 +110,23 @@ def notes(config: Config, on_gpu: bool) -> tuple[str, ...]:
     return ()
 
 
-def _launcher(strategy: str, world: int) -> tuple[str, ...]:
-    if strategy == "single":
+def _launcher(strategy: Strategy, world: int, nodes: Nodes) -> tuple[str, ...]:
+    if strategy.name == "single":
         return (sys.executable,)
-    file = str(CONFIGS / "strategy" / f"{strategy}.yaml")
     # --config_file always: without it accelerate reads whatever default_config.yaml lies in the user's cache.
-    launch = ("-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", str(world))
-    return (sys.executable, *launch, "--main_process_port", "0")
+    launch = ("-m", "accelerate.commands.launch", "--config_file", strategy.file, "--num_processes", str(world))
+    machines = ("--num_machines", str(nodes.count), "--machine_rank", str(nodes.rank))
+    meet: tuple[str, ...] = ("--main_process_port", str(nodes.port))
+    if nodes.count > 1:
+        assert nodes.address
+        # The launcher that runs on every machine; DeepSpeed's own would log in to the others.
+        meet = ("--main_process_ip", nodes.address, *meet)
+        meet += ("--deepspeed_multinode_launcher", "standard") if strategy.stage else ()
+    return (sys.executable, *launch, *machines, *meet)
 
 
-def _environment(world: int, hardware: Hardware) -> dict[str, str]:
-    env = {"OMP_NUM_THREADS": str(max(1, hardware.num_cores // world)), "TOKENIZERS_PARALLELISM": "false"}
+def _environment(ngpu: int, hardware: Hardware) -> dict[str, str]:
+    env = {"OMP_NUM_THREADS": str(max(1, hardware.num_cores // ngpu)), "TOKENIZERS_PARALLELISM": "false"}
     if not hardware.num_gpus:
         # Threads spin only briefly while they wait: 3 % slower alone, but a shared processor does not come to a crawl.
         env |= {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "10000"}

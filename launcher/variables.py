@@ -20,7 +20,12 @@ CONFIGS = ROOT / "configs"
 EMBEDDED_TASK = "cafe"
 DEFAULT_PEFT = "lora"
 DEFAULT_MODEL = "smollm2-135m"
-NAMES = ("PEFT", "MODEL", "NGPU", "DATA", "STRATEGY", "RUN")
+NAMES = (
+    "PEFT", "MODEL", "NGPU", "DATA", "STRATEGY", "RUN",
+    "HARDWARE", "PROBE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+# What only the front door reads; the rest is handed on to launcher.train as it was given.
+FRONT_DOOR = ("NGPU", "STRATEGY", "HARDWARE", "PROBE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
@@ -37,6 +42,12 @@ class Variables:
     data: str | None = None
     strategy: str | None = None
     run: str | None = None
+    hardware: str | None = None
+    is_probed: bool = False
+    num_nodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
     config_file: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -87,8 +98,8 @@ def parse(args: list[str]) -> Variables:
     for name, check in CHECKS.items():
         if name in values and (fault := check(values[name])):
             faults.append(f"{name}={values[name]}: {fault}")
-    if not faults and values.get("PEFT") == "qlora" and (fault := one_process_only(values)):
-        faults.append(fault)
+    if not faults:
+        faults += [fault for check in (_check_one_process, _check_nodes) if (fault := check(values))]
     if faults:
         raise UserError(*faults)
     return Variables(
@@ -98,9 +109,34 @@ def parse(args: list[str]) -> Variables:
         data=values.get("DATA"),
         strategy=values.get("STRATEGY"),
         run=values.get("RUN"),
+        hardware=values.get("HARDWARE"),
+        is_probed=values.get("PROBE") == "yes",
+        num_nodes=int(values.get("NNODES", "1")),
+        node_rank=int(values.get("NODE_RANK", "0")),
+        master_addr=values.get("MASTER_ADDR"),
+        master_port=int(values["MASTER_PORT"]) if "MASTER_PORT" in values else None,
         config_file=files[0] if files else None,
         overrides=tuple(overrides),
     )
+
+
+def _check_one_process(values: dict[str, str]) -> str | None:
+    return one_process_only(values) if values.get("PEFT") == "qlora" else None
+
+
+def _check_nodes(values: dict[str, str]) -> str | None:
+    """Whether what says how several machines meet is complete, and nothing of it idle."""
+    num_nodes, rank = int(values.get("NNODES", "1")), int(values.get("NODE_RANK", "0"))
+    if num_nodes == 1:
+        idle = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name in values]
+        return f"{idle[0]}: there is one machine only; try it with NNODES=2, or without it" if idle else None
+    if values.get("PEFT") == "qlora":
+        return f"PEFT=qlora trains in one process, not on NNODES={num_nodes}; try: make train PEFT=qlora"
+    if "MASTER_ADDR" not in values:
+        return f"NNODES={num_nodes}: where do they meet? try MASTER_ADDR=<name or address of the first machine>"
+    if rank >= num_nodes:
+        return f"NODE_RANK={rank}: the machines are numbered 0 to {num_nodes - 1}; try NODE_RANK={num_nodes - 1}"
+    return None
 
 
 def one_process_only(values: dict[str, str]) -> str | None:
@@ -202,7 +238,40 @@ def _check_run(value: str) -> str | None:
     return "a run is a folder name of letters, digits, . _ and -; try RUN=my-run"
 
 
+def _check_hardware(value: str) -> str | None:
+    is_known = re.fullmatch(r"([1-9]\d{0,3}x)?[1-9]\d{0,3}GB", value)
+    return None if is_known else "GPUs and the memory of each are written 4x24GB; try HARDWARE=4x24GB"
+
+
+def _check_probe(value: str) -> str | None:
+    return None if value == "yes" else "a probe is made or not; try PROBE=yes, or without it"
+
+
+def _check_num_nodes(value: str) -> str | None:
+    return None if re.fullmatch(r"[1-9]\d{0,3}", value) else "must be a whole number of machines; try NNODES=2"
+
+
+def _check_node_rank(value: str) -> str | None:
+    return None if re.fullmatch(r"\d{1,4}", value) else "the first machine is 0, the next is 1; try NODE_RANK=0"
+
+
+def _check_address(value: str) -> str | None:
+    is_name = re.fullmatch(r"[\w.:-]+", value)
+    return None if is_name else "must be a host name or an address; try MASTER_ADDR=node-0"
+
+
+def _check_port(value: str) -> str | None:
+    is_port = value.isdecimal() and 1024 <= int(value) <= 65535
+    return None if is_port else "must be a port from 1024 to 65535; try MASTER_PORT=29600, or without it"
+
+
 CHECKS = {
+    "HARDWARE": _check_hardware,
+    "PROBE": _check_probe,
+    "NNODES": _check_num_nodes,
+    "NODE_RANK": _check_node_rank,
+    "MASTER_ADDR": _check_address,
+    "MASTER_PORT": _check_port,
     "PEFT": _check_peft,
     "MODEL": check_model,
     "NGPU": _check_ngpu,

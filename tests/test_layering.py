@@ -11,6 +11,8 @@ from tests.running import run_python
 
 TORCH_FREE = [
     "launcher.variables", "launcher.config", "launcher.catalogue", "launcher.plan", "launcher.hardware",
+    "launcher.architecture", "launcher.memory", "launcher.choices", "launcher.strategies", "launcher.supervise",
+    "launcher.failures", "launcher.beat", "launcher.stopping", "launcher.probe", "launcher.train",
     "launcher.data", "launcher.sources", "launcher.shapes", "launcher.hubdata", "launcher.compare", "launcher.chat", "launcher.rundir", "launcher.weights", "launcher.__main__",
     "serve.protocol", "serve.client", "serve.terminal", "serve.daemon", "serve.slots", "serve.engine", "serve.__main__",
 ]  # fmt: skip

@@ -22,7 +22,16 @@ BAD = {
     "DATA=data/orders.csv": "no such file; try DATA=cafe or a .jsonl",
     "DATA=tests": "no .txt or .md file in this folder; try DATA=cafe",
     "data.split=test": "data.split: cafe is not a hub dataset; try without it",
-    "STRATEGY=zero": "did you mean zero2?",
+    "STRATEGY=zero": "did you mean zero3?",
+    "HARDWARE=4": "try HARDWARE=4x24GB",
+    "HARDWARE=4x24GB": "make plan",
+    "PROBE=perhaps": "try PROBE=yes",
+    "NNODES=2": "try MASTER_ADDR=",
+    "NODE_RANK=1": "there is one machine only",
+    "NNODES=2 MASTER_ADDR=a NODE_RANK=2": "try NODE_RANK=1",
+    "MASTER_PORT=80": "try MASTER_PORT=29600",
+    "STRATEGY=ddp": "try STRATEGY=single",
+    "STRATEGY=single NGPU=2": "try STRATEGY=zero2",
     "RUN=a;b": "try RUN=my-run",
     "PEFTT=lora": "did you mean PEFT?",
     "batch.size=15 NGPU=2": "try batch.size=14",
@@ -72,6 +81,8 @@ def test_make_refuses_before_it_sets_anything_up(tmp_path, word):
 
 
 def test_the_token_is_never_shown():
-    done = run_python("-m", "launcher", "plan", "MODEL=llama-7b", env={"HUGGINGFACE_TOKEN": "hf_secret"})
+    done = run_python(
+        "-m", "launcher", "plan", "MODEL=llama-7b", "HARDWARE=80GB", env={"HUGGINGFACE_TOKEN": "hf_secret"}
+    )
     assert done.returncode == 0, done.stderr
     assert "hf_secret" not in done.stdout + done.stderr
