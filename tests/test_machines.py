@@ -1,0 +1,88 @@
+"""Several machines: two hosts in network namespaces of their own, or, where none can be made, two launchers on one."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from launcher.report import read_metrics
+from launcher.variables import ROOT
+
+ARGS = [
+    "NNODES=2", "NGPU=1", "data.limit=64", "batch.size=8", "model.dtype=fp32", "optim.lr=1e-2", "eval.examples=2",
+    "eval.answers=0",
+]  # fmt: skip
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def two_hosts():
+    """[(how to run a command on it, the first one's address)] of two hosts joined by a cable."""
+    names = [f"afinar-{os.getpid()}-{side}" for side in "ab"]
+    ends = [f"af{os.getpid() % 100_000}{side}" for side in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1])
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [(["ip", "netns", "exec", name], "10.77.0.1") for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def can_make_hosts():
+    if not shutil.which("ip"):
+        return False
+    try:
+        with two_hosts():
+            return True
+    except subprocess.CalledProcessError:
+        return False
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_run(tiny_llama, tmp_path):
+    run = tmp_path / "run"
+    with contextlib.ExitStack() as stack:
+        separate = can_make_hosts()
+        hosts = stack.enter_context(two_hosts()) if separate else [([], "127.0.0.1")] * 2
+        programs = [
+            subprocess.Popen(
+                [*host, sys.executable, "-m", "launcher", "train", f"MODEL={tiny_llama}", f"RUN={run}", *ARGS,
+                 f"NODE_RANK={rank}", f"MASTER_ADDR={address}"],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank, (host, address) in enumerate(hosts)
+        ]  # fmt: skip
+        said = [program.communicate(timeout=180) for program in programs]
+    assert [program.returncode for program in programs] == [0, 0], said
+    assert "saved to" in said[0][0]
+    assert said[1][0] == ""  # the first machine does the talking
+    training = json.loads((run / "run.json").read_text())["training"]
+    assert (training["world_size"], training["engine"]) == (2, "DeepSpeedEngine")
+    assert len(read_metrics(run)) == 8
+    assert {"rank-0.log", "rank-1.log"} <= {file.name for file in (run / "logs").iterdir()}
+
+
+def test_the_files_for_clusters_use_variables_and_options_that_exist():
+    folder = ROOT / "configs" / "cluster"
+    job = next(d for d in yaml.safe_load_all((folder / "kubernetes.yaml").read_text()) if d["kind"] == "Job")
+    assert job["spec"]["completionMode"] == "Indexed"
+    texts = [(folder / name).read_text() for name in ("slurm.sh", "kubernetes.yaml")]
+    for text in texts:
+        for word in ("NNODES=", "NODE_RANK=", "MASTER_ADDR=", "NGPU=", "RUN="):
+            assert word in text
+        assert "29500" not in text
+    assert subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=False).returncode == 0
