@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from launcher import checkpoint
+from launcher.beat import read_sign
 from launcher.errors import EXIT_STOPPED
 from launcher.report import METRICS, read_metrics
 from launcher.variables import ROOT
@@ -53,43 +54,45 @@ def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     raise AssertionError(process.communicate())
 
 
+def stop_once(model: Path, run: Path, draw: random.Random, number: int) -> bool:
+    """Start or resume the run, signal one process at a random moment, and tell what became of it: whether all was well."""
+    process = start(model, run)
+    ranks = workers(process)
+    delay, rank = draw.uniform(0, LATEST_S), draw.choice([0, 1])
+    name = draw.choice(["SIGTERM", "SIGINT", "SIGUSR1"]) if number % 2 else "SIGTERM"
+    time.sleep(delay)
+    sign = read_sign(run / f"logs/rank-{rank}.beat")
+    sent = time.monotonic()
+    ranks[rank].send_signal(getattr(signal, name))
+    try:
+        said, _ = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, _ = process.communicate()
+    took = time.monotonic() - sent
+    done = read_metrics(run) if (run / METRICS).exists() else []
+    newest, _ = checkpoint.newest(run)
+    lost = (done[-1]["step"] if done else 0) - (newest.step if newest else 0)
+    is_good = process.returncode == EXIT_STOPPED and lost <= 1 and took < PATIENCE_S
+    print(
+        f"{number:3}  {name} to rank {rank} after {delay:.2f} s ({sign.doing if sign else 'before it had begun'}): "
+        f"exit {process.returncode} after {took:.1f} s, {lost} steps lost{'' if is_good else chr(10) + said}",
+        flush=True,
+    )
+    return is_good
+
+
 def main(args: list[str]) -> int:
     """Stop and resume one run so many times."""
     given = dict(arg.split("=", 1) for arg in args)
     count, seed = int(given.get("SIGNALS", "20")), int(given.get("SEED", "0"))
     draw = random.Random(seed)
     print(f"seed {seed}, {count} signals", flush=True)
-    good = 0
     with tempfile.TemporaryDirectory() as folder:
         model, run = Path(folder, "model"), Path(folder, "run")
         model.mkdir()
         write_tiny("llama", model)
-        for number in range(1, count + 1):
-            process = start(model, run)
-            ranks = workers(process)
-            delay, rank = draw.uniform(0, LATEST_S), draw.choice([0, 1])
-            name = draw.choice(["SIGTERM", "SIGINT", "SIGUSR1"]) if number % 2 else "SIGTERM"
-            time.sleep(delay)
-            doing = (
-                beat.read_text().split(" ", 2)[2].strip() if (beat := run / f"logs/rank-{rank}.beat").exists() else ""
-            )
-            sent = time.monotonic()
-            ranks[rank].send_signal(getattr(signal, name))
-            try:
-                said, _ = process.communicate(timeout=PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                said, _ = process.communicate()
-            took = time.monotonic() - sent
-            steps = read_metrics(run)[-1]["step"] if (run / METRICS).exists() and read_metrics(run) else 0
-            newest, _ = checkpoint.newest(run)
-            lost = steps - (newest.step if newest else 0)
-            is_good = process.returncode == EXIT_STOPPED and lost <= 1 and took < PATIENCE_S
-            good += is_good
-            outcome = f"exit {process.returncode} after {took:.1f} s, step {steps}, {lost} lost"
-            print(f"{number:3}  {name} to rank {rank} after {delay:.2f} s ({doing}): {outcome}", flush=True)
-            if not is_good:
-                print(said)
+        good = sum(stop_once(model, run, draw, number) for number in range(1, count + 1))
     print(f"{good} of {count} stopped in time with exit {EXIT_STOPPED} and at most one step lost")
     return int(good != count)
 

@@ -1,7 +1,8 @@
 """Signs of life of the processes of one run: `logs/rank-<n>.beat`, rewritten every second. Free of torch.
 
-A line `<seconds alive> <moves> <what it does>`. A process that hangs stops moving, and the others soon wait for it: the one
-with the fewest moves is the one they wait for. One that was stopped or has lost its machine does not even count seconds.
+A line `<seconds alive> <moves> <ticks> <what it does>`. All processes make the same moves; one that hangs stops, and the
+others soon wait for it: the one with the fewest moves is the one they wait for. Ticks are what one process does alone while
+the others wait. One that was stopped or has lost its machine does not even count seconds.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ class Beat:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._moves = 0
+        self._moves = self._ticks = 0
         self._doing = "starting"
         if file:
             self._write(0)
@@ -28,6 +29,10 @@ class Beat:
         """Say what is done now. All processes pass the same places in the same order."""
         self._moves += 1
         self._doing = doing
+
+    def tick(self) -> None:
+        """Say that long work goes on."""
+        self._ticks += 1
 
     @property
     def doing(self) -> str:
@@ -45,13 +50,23 @@ class Beat:
         part = self._file.with_suffix(".part")
         # A full disk must not end the thread: it says nothing for a while, and goes on.
         with contextlib.suppress(OSError):
-            part.write_text(f"{seconds} {self._moves} {self._doing}\n", encoding="utf-8")
+            part.write_text(f"{seconds} {self._moves} {self._ticks} {self._doing}\n", encoding="utf-8")
             part.replace(self._file)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a process last said."""
+
+    seconds: int
+    moves: int
+    ticks: int
+    doing: str
 
 
 @dataclass
 class _Seen:
-    content: tuple[int, int, str]
+    sign: Sign
     alive_at: float
     moved_at: float
 
@@ -71,28 +86,29 @@ class Watchdog:
         """(rank, what it was doing) once no process has moved for the time-out; None while the run moves."""
         for file in self._logs.glob("rank-*.beat"):
             rank = int(file.stem.removeprefix("rank-"))
-            content = _parse(file)
-            if content is None:
+            sign = read_sign(file)
+            if sign is None:
                 continue
-            seen = self._seen.setdefault(rank, _Seen(content, now, now))
-            if content[0] != seen.content[0]:
+            seen = self._seen.setdefault(rank, _Seen(sign, now, now))
+            if sign.seconds != seen.sign.seconds:
                 seen.alive_at = now
-            if content[1] != seen.content[1]:
+            if (sign.moves, sign.ticks) != (seen.sign.moves, seen.sign.ticks):
                 seen.moved_at = now
-            seen.content = content
+            seen.sign = sign
         # Until one has its libraries, its data and its weights there is no saying how long that takes.
-        has_begun = any(seen.content[1] for seen in self._seen.values())
+        has_begun = any(seen.sign.moves for seen in self._seen.values())
         if not has_begun or any(now - seen.moved_at < self._timeout_s for seen in self._seen.values()):
             return None
         silent = {rank: seen for rank, seen in self._seen.items() if now - seen.alive_at > 10 * EVERY_S}
-        rank = min(silent or self._seen, key=lambda rank: (self._seen[rank].content[1], rank))
-        doing = self._seen[rank].content[2]
+        rank = min(silent or self._seen, key=lambda rank: (self._seen[rank].sign.moves, rank))
+        doing = self._seen[rank].sign.doing
         return rank, f"{doing}; its process does not answer at all" if rank in silent else doing
 
 
-def _parse(file: Path) -> tuple[int, int, str] | None:
+def read_sign(file: Path) -> Sign | None:
+    """The last sign of life in a file; None where there is none that can be read."""
     try:
-        seconds, moves, doing = file.read_text(encoding="utf-8").strip().split(" ", 2)
-        return int(seconds), int(moves), doing
+        seconds, moves, ticks, doing = file.read_text(encoding="utf-8").strip().split(" ", 3)
+        return Sign(int(seconds), int(moves), int(ticks), doing)
     except (OSError, ValueError):
         return None

@@ -106,7 +106,9 @@ def answered(job: Job, found: Evaluation, model: Any) -> Evaluation:
     if not asked:
         return found
     with job.accelerator.autocast():
-        said = measure.answer(model.eval(), job.tokenizer, asked, job.material.stop_ids, job.accelerator.device)
+        said = measure.answer(
+            model.eval(), job.tokenizer, asked, job.material.stop_ids, job.accelerator.device, job.beat.tick
+        )
     right = [messages[-1]["content"] for messages in asked]
     return replace(
         found, answers=len(asked), exact_match=measure.share_exact(said, right),

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from launcher import methods, models
 from launcher.batches import collate, each_alone
@@ -39,19 +40,32 @@ def fits(tokenizer: Any, messages: list[Message], longest: int) -> bool:
 
 
 def answer(
-    model: Any, tokenizer: Any, asked: Sequence[list[Message]], stop_ids: Sequence[int], device: torch.device
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[list[Message]],
+    stop_ids: Sequence[int],
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Greedy answers to conversations, in place of their last turn and little longer than the longest of those."""
+    """Greedy answers to conversations, in place of their last turn and little longer than the longest of those.
+
+    `tick` is called after every token.
+    """
     right = [messages[-1]["content"] for messages in asked]
     longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in right)
     prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in asked]
-    out = generate(model, prompts, longest + MARGIN, stop_ids, device)
+    out = generate(model, prompts, longest + MARGIN, stop_ids, device, tick)
     return tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[list[int]], max_tokens: int, stop_ids: Sequence[int], device: torch.device
+    model: Any,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Greedy continuations int64 [B, <= max_tokens] of a left-padded batch, `model` bare or with its adapter."""
     num_prefix = methods.num_prefix(model)
@@ -69,9 +83,20 @@ def generate(
         out = module.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=False,
             max_new_tokens=min(max_tokens, room), past_key_values=methods.prefix_cache(model, len(prompts)),
-            eos_token_id=list(stop_ids), pad_token_id=stop_ids[0],
+            eos_token_id=list(stop_ids), pad_token_id=stop_ids[0], stopping_criteria=StoppingCriteriaList([_Ticking(tick)]),
         )  # fmt: skip
     return out[:, length:]
+
+
+class _Ticking(StoppingCriteria):
+    """Stops nothing: it is the one place where `generate` lets others look on."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self._tick = tick
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+        self._tick()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def share_exact(said: Sequence[str], right: Sequence[str]) -> float:

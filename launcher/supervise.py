@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from launcher import failures
-from launcher.beat import Watchdog
+from launcher.beat import Watchdog, read_sign
 from launcher.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USAGE
 from launcher.failures import ATTEMPT, Failure, block
 from launcher.plan import Plan, halve
@@ -135,9 +135,8 @@ class Processes:
             print("stopped before the first step, nothing was lost; run the same command again")
             return Failure(rank, socket.gethostname(), "stopped", "starting", "")
         name = signal.Signals(number).name
-        beat = self.logs / f"rank-{rank}.beat"
-        doing = beat.read_text(encoding="utf-8").split(" ", 2)[2].strip() if beat.exists() else "its start"
-        return Failure(rank, socket.gethostname(), "error", doing, f"ended by {name}")
+        sign = read_sign(self.logs / f"rank-{rank}.beat")
+        return Failure(rank, socket.gethostname(), "error", sign.doing if sign else "its start", f"ended by {name}")
 
     def _launcher_failed(self) -> Failure:
         """The launcher itself failed, or it was told to stop before it had started anything."""

@@ -142,13 +142,13 @@ def test_the_watchdog_uses_no_clock_that_can_jump(tmp_path):
     dog = Watchdog(tmp_path, timeout_s=100)
     files = [tmp_path / "rank-0.beat", tmp_path / "rank-1.beat"]
     for file in files:
-        file.write_text("1 5 a micro-batch\n")
+        file.write_text("1 5 0 a micro-batch\n")
     assert dog.look(0) is None
     os.utime(files[0], (0, 0))  # half a century back
-    files[0].write_text("2 6 a micro-batch\n")
+    files[0].write_text("2 6 0 a micro-batch\n")
     assert dog.look(99) is None
-    files[0].write_text("99 6 a micro-batch\n")
-    files[1].write_text("99 5 a micro-batch\n")
+    files[0].write_text("99 6 0 a micro-batch\n")
+    files[1].write_text("99 5 0 a micro-batch\n")
     assert dog.look(150) is None
     assert dog.look(200) == (1, "a micro-batch; its process does not answer at all")
 
@@ -156,8 +156,8 @@ def test_the_watchdog_uses_no_clock_that_can_jump(tmp_path):
 def test_the_watchdog_names_the_one_that_the_others_wait_for(tmp_path):
     dog = Watchdog(tmp_path, timeout_s=20)
     for second in range(0, 40, 2):
-        (tmp_path / "rank-0.beat").write_text(f"{second} 12 the evaluation\n")
-        (tmp_path / "rank-1.beat").write_text(f"{second} 11 a micro-batch\n")
+        (tmp_path / "rank-0.beat").write_text(f"{second} 12 3 the evaluation\n")
+        (tmp_path / "rank-1.beat").write_text(f"{second} 11 0 a micro-batch\n")
         found = dog.look(float(second))
         assert (found is not None) == (second >= 20)
     assert found == (1, "a micro-batch")
@@ -165,6 +165,14 @@ def test_the_watchdog_names_the_one_that_the_others_wait_for(tmp_path):
 
 def test_nobody_is_named_before_anyone_has_begun(tmp_path):
     dog = Watchdog(tmp_path, timeout_s=5)
-    (tmp_path / "rank-0.beat").write_text("1 0 starting\n")
+    (tmp_path / "rank-0.beat").write_text("1 0 0 starting\n")
     assert dog.look(0) is None
     assert dog.look(1000) is None
+
+
+def test_a_process_that_answers_alone_is_not_stuck(tmp_path):
+    dog = Watchdog(tmp_path, timeout_s=20)
+    for second in range(0, 60, 2):
+        (tmp_path / "rank-0.beat").write_text(f"{second} 12 {second} the evaluation\n")
+        (tmp_path / "rank-1.beat").write_text(f"{second} 12 0 the evaluation\n")
+        assert dog.look(float(second)) is None
