@@ -15,9 +15,13 @@ EVERY_S = 1.0
 
 
 class Beat:
-    """The beat of this process, written by a thread. `file` None: there is nobody to see it."""
+    """The beat of this process, written by a thread. `file` None: there is nobody to see it.
+
+    `step` is the step of the training, None before the first.
+    """
 
     def __init__(self, file: Path | None) -> None:
+        self.step: int | None = None
         self._file = file
         self._moves = self._ticks = 0
         self._doing = "starting"
@@ -36,8 +40,8 @@ class Beat:
 
     @property
     def doing(self) -> str:
-        """What is done now."""
-        return self._doing
+        """What is done now, and in which step."""
+        return self._doing if self.step is None else f"step {self.step}, {self._doing}"
 
     def _run(self) -> None:
         started = time.monotonic()
@@ -50,7 +54,7 @@ class Beat:
         part = self._file.with_suffix(".part")
         # A full disk must not end the thread: it says nothing for a while, and goes on.
         with contextlib.suppress(OSError):
-            part.write_text(f"{seconds} {self._moves} {self._ticks} {self._doing}\n", encoding="utf-8")
+            part.write_text(f"{seconds} {self._moves} {self._ticks} {self.doing}\n", encoding="utf-8")
             part.replace(self._file)
 
 

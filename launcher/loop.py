@@ -139,7 +139,7 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
     accumulation: both average over themselves, so each micro-batch's sum is scaled back by world x accumulation.
     """
     started = time.monotonic()
-    job.beat.at(f"step {step + 1}")
+    job.beat.step = step + 1
     accelerator, config = job.accelerator, job.config
     world = accelerator.num_processes
     # A step's random numbers depend on nothing but the step, so a resumed run draws the same.

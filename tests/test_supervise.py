@@ -57,7 +57,7 @@ def test_an_error_in_one_process_names_it_first(tiny_llama, tmp_path):
     assert done.returncode == 1
     first = done.stderr.splitlines()[:5]
     assert "rank 1 on " in first[0]
-    assert "failed at a micro-batch: RuntimeError: the rain in Spain" in first[0]
+    assert "failed at step 6, a micro-batch: RuntimeError: the rain in Spain" in first[0]
     assert any(str(run / "logs" / "rank-1.log") in line for line in first)
     assert "ChildFailedError" not in done.stderr
     assert "Traceback" not in done.stderr
