@@ -35,7 +35,9 @@ def run(args: list[str], decided: Plan, steps: int) -> str:
     seconds = statistics.median(record["step_s"] for record in measured[1:] or measured)
     peak = max(record["peak_bytes"] for record in measured) / GIB
     tokens = statistics.median(record["tokens"] for record in measured)
-    planned = f" ({decided.memory.total / GIB:.2f} GiB planned, without the libraries)" if decided.memory else ""
+    planned = ""
+    if decided.memory:
+        planned = f" ({decided.memory.total / GIB:.2f} GiB planned for examples of up to {decided.longest} tokens)"
     return (
         f"time       about {_duration(seconds * steps)}: {steps} steps of {seconds:.2f} s, {tokens:.0f} tokens each, "
         f"evaluations not counted; peak {peak:.2f} GiB{planned}"
