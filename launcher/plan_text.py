@@ -43,7 +43,8 @@ def _weighed(choice: Choice, decided: Plan) -> list[str]:
     if choice.refusal:
         return [f"{name:14} not legal: {choice.refusal}"]
     verdict = "does not fit" if not choice.fits else "taken" if name == decided.strategy else "fits"
-    return [f"{name:14} {verdict}: {choice.need} a process at micro {choice.micro}"]
+    where = f" a process at micro {choice.micro}" if choice.memory else ""
+    return [f"{name:14} {verdict}: {choice.need}{where}"]
 
 
 def memory_words(memory: Memory) -> str:
