@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.moments import begin, tiny_model
 from launcher.report import METRICS
 from launcher.variables import ROOT
-from tests.conftest import write_tiny
 
 ADAPTER = "adapter/adapter_model.safetensors"
 STEPS = 60
@@ -76,15 +76,9 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 def main(args: list[str]) -> int:
     """Run until so many kills have happened and the run they hit is finished."""
-    given = dict(arg.split("=", 1) for arg in args)
-    kills, seed = int(given.get("KILLS", "50")), int(given.get("SEED", "0"))
-    draw = random.Random(seed)
-    print(f"seed {seed}, {kills} kills", flush=True)
+    kills, draw = begin(args, "KILLS", 50)
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "model")
-        model.mkdir()
-        write_tiny("llama", model)
-        whole = Path(folder, "whole")
+        model, whole = tiny_model(folder), Path(folder, "whole")
         said, _ = (process := start(model, whole)).communicate()
         assert process.returncode == 0, said
         reference = (whole / ADAPTER).read_bytes()

@@ -69,18 +69,14 @@ def measure(config: Config) -> int:
     """Bytes that loading the model and the first steps add to this process, at their highest."""
     import bitsandbytes  # noqa: F401  what training imports on its way belongs to where measuring starts
 
-    from launcher import data, models
-    from launcher.job import assemble, load_model
+    from bench.assembled import assembled
+    from launcher import models
+    from launcher.job import load_model
     from launcher.loop import train_step
-    from launcher.material import load_material
-    from launcher.processes import start_processes
 
-    weights = fetch(card(config.model.name))
-    found = models.read_architecture(weights.path)
-    material = load_material(config, data.read(config.data), weights.path, found.context)
-    material = dataclasses.replace(material, train=[full_example(config.data.max_length)] * 100)
-    job = assemble(config, start_processes(config, found), weights, material, found)
-    models.count_parameters(weights.path)
+    job = assembled(config)
+    job.material = dataclasses.replace(job.material, train=[full_example(config.data.max_length)] * 100)
+    models.count_parameters(job.weights.path)
     before = reset_peak()
     with models.quiet():
         load_model(job)

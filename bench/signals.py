@@ -16,12 +16,12 @@ from pathlib import Path
 
 import psutil
 
+from bench.moments import begin, tiny_model
 from launcher import checkpoint
 from launcher.beat import read_sign
 from launcher.errors import EXIT_STOPPED
 from launcher.report import METRICS, read_metrics
 from launcher.variables import ROOT
-from tests.conftest import write_tiny
 
 LATEST_S = 25.0
 PATIENCE_S = 30.0
@@ -84,14 +84,9 @@ def stop_once(model: Path, run: Path, draw: random.Random, number: int) -> bool:
 
 def main(args: list[str]) -> int:
     """Stop and resume one run so many times."""
-    given = dict(arg.split("=", 1) for arg in args)
-    count, seed = int(given.get("SIGNALS", "20")), int(given.get("SEED", "0"))
-    draw = random.Random(seed)
-    print(f"seed {seed}, {count} signals", flush=True)
+    count, draw = begin(args, "SIGNALS", 20)
     with tempfile.TemporaryDirectory() as folder:
-        model, run = Path(folder, "model"), Path(folder, "run")
-        model.mkdir()
-        write_tiny("llama", model)
+        model, run = tiny_model(folder), Path(folder, "run")
         good = sum(stop_once(model, run, draw, number) for number in range(1, count + 1))
     print(f"{good} of {count} stopped in time with exit {EXIT_STOPPED} and at most one step lost")
     return int(good != count)

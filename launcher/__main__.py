@@ -88,11 +88,10 @@ def run_train(args: list[str]) -> int:
         fetch(card(config.model.name), config.model.revision)
     if decided.ranks[0] == 0:  # the first machine does the talking
         print(*first_lines(decided), sep="\n", flush=True)
-    environment = {**os.environ, COMMAND: shlex.join(["python", "-m", "launcher", "train", *args])}
+    os.environ[COMMAND] = shlex.join(["python", "-m", "launcher", "train", *args])
     if decided.is_supervised:
-        os.environ.update(environment)
         return supervise.run(decided, config.run_dir, config.parallel.timeout_s)
-    return os.execvpe(decided.argv[0], decided.argv, {**environment, **decided.env})
+    return os.execvpe(decided.argv[0], decided.argv, {**os.environ, **decided.env})
 
 
 def run_data(args: list[str]) -> int:

@@ -84,7 +84,7 @@ def write(
     _forget_parts(root)
     part.mkdir()
     try:
-        _write_into(part, state, start, step=step, position=position, loss=loss)
+        _write_into(part, state, start, {"step": step, "position": position, "loss": loss})
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -97,19 +97,13 @@ def write(
 
 
 def _write_into(
-    folder: Path,
-    state: dict[str, torch.Tensor],
-    start: Mapping[str, str],
-    *,
-    step: int,
-    position: int,
-    loss: float | None,
+    folder: Path, state: dict[str, torch.Tensor], start: Mapping[str, str], facts: Mapping[str, Any]
 ) -> None:
     file = folder / "state.safetensors"
     save_file(state, file)
     sync(file)
     gate.check_file(file, state, start, idle(state))
-    manifest = {"step": step, "position": position, "loss": loss, "sha256": sha256(file), "size": file.stat().st_size}
+    manifest = {**facts, "sha256": sha256(file), "size": file.stat().st_size}
     write_atomically(folder / MANIFEST, json.dumps(manifest).encode())
     sync(folder)
 

@@ -50,10 +50,12 @@ ECHO = re.compile(
     r"ncclRemoteError|ncclSystemError|connection refused|store.*(get|wait)|recvValue failed",
     re.IGNORECASE,
 )
+NO_MEMORY = r"out of memory|can't allocate memory|bad_alloc|MemoryError"
+NO_SPACE = r"no space left|os error 28|disk quota"
 # (what the message holds, the likely cause, what to try); the first that fits.
 CAUSES = (
     (
-        r"out of memory|can't allocate memory|bad_alloc|MemoryError",
+        NO_MEMORY,
         "the GPU, or the machine, has no memory left",
         "a smaller batch.micro, model.gradient_checkpointing=true, a shorter data.max_length, STRATEGY=zero3, or PEFT=qlora",
     ),
@@ -68,7 +70,7 @@ CAUSES = (
         "export HUGGINGFACE_TOKEN=..., and accept the model's licence on its page",
     ),
     (
-        r"no space left|os error 28|disk quota",
+        NO_SPACE,
         "the disk is full",
         "freeing some space, then the same command again",
     ),
@@ -98,13 +100,13 @@ def explain(message: str) -> tuple[str, str] | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, on any device, or Python could not get the memory it asked for."""
-    return isinstance(error, MemoryError) or bool(re.search(CAUSES[0][0], f"{type(error).__name__} {error}", re.I))
+    return isinstance(error, MemoryError) or bool(re.search(NO_MEMORY, f"{type(error).__name__} {error}", re.I))
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether something could not be written for want of space."""
     number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(CAUSES[3][0], str(error), re.I))
+    return number in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(NO_SPACE, str(error), re.I))
 
 
 def record(logs: Path, rank: int, kind: Kind, doing: str, message: str) -> Failure:

@@ -1,7 +1,6 @@
 """A dataset of the hub -> its rows, with one line for whatever goes wrong on the way."""
 
 import contextlib
-import errno
 import logging
 import re
 import warnings
@@ -11,6 +10,7 @@ from typing import Any
 from launcher import shapes
 from launcher.config import Data
 from launcher.errors import UserError
+from launcher.failures import is_disk_full
 from launcher.weights import TOKEN_VARIABLE, hub_token
 
 # Seconds to wait for the hub's first answer.
@@ -108,7 +108,7 @@ def _explain(data: Data, error: Exception) -> str:
     if isinstance(error, DatasetGenerationError):
         why = _first_line(error.__cause__ or error)
         return f"its files cannot be read ({why}); look at {page}, or try another data.split or data.subset"
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if is_disk_full(error):
         return "the disk is full; free some space and try again"
     if isinstance(error, ConnectionError):
         what = f"{f'revision {data.revision}' if data.revision else 'it'} is not on this machine"

@@ -200,8 +200,6 @@ def _groups(parameters: dict[str, torch.nn.Parameter], ratio: float) -> list[dic
 def check_strategy(job: Job) -> None:
     """Refuse to train with another strategy than the one asked for: it must never be lost silently."""
     asked = job.config.parallel.strategy
-    if job.stage is not None and job.config.optim.name == "paged_adamw":
-        raise UserError("DeepSpeed cannot shard a paged optimizer; try PEFT=lora, or start one plain process")
     if asked not in ("auto", job.strategy):
         raise UserError(
             f"parallel.strategy={asked}, but these processes run {job.strategy}; try: accelerate launch "

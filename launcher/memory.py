@@ -11,10 +11,6 @@ from launcher.config import Config
 from launcher.targets import num_trained
 
 SIZES = {"bf16": 2, "fp32": 4}
-# That of launcher.loss, which imports torch.
-CHUNK = 256
-# The layers that end a feed-forward block, as PEFT names them for (IA)3.
-FEEDFORWARD = ("down_proj", "mlp.c_proj")
 # A CUDA context with the libraries' kernels: a rule of thumb, not measured.
 CUDA_CONTEXT = 600_000_000
 # DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance, as they are unless set: ZeRO-3 does not let go of

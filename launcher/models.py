@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from launcher.architecture import ALIASES, Architecture, read
 from launcher.config import Quant
 from launcher.errors import UserError
+from launcher.shards import is_sharded
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -89,7 +90,7 @@ def load_base(
             raise UserError(
                 f"{path}: cannot be loaded ({str(error).splitlines()[0]}); try MODEL=smollm2-135m"
             ) from None
-    if quantization is None and not is_sharded(model):
+    if quantization is None and not any(map(is_sharded, model.parameters())):
         model.to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu") and not (is_served and dtype == "bf16"):
@@ -100,11 +101,6 @@ def load_base(
             # What is dropped at random in a frozen base is noise and no lesson; the adapter has a dropout of its own.
             module.p = 0.0
     return model.requires_grad_(False).eval()
-
-
-def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether DeepSpeed's stage 3 has sharded this model while it was loaded."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def checkpoint_gradients(base: PreTrainedModel) -> None:

@@ -15,18 +15,8 @@ from launcher.config import Config
 from launcher.hardware import detect
 from launcher.ports import interface_towards
 from launcher.ranks import world_size
-from launcher.strategies import Strategy, deepspeed_facts, named
+from launcher.strategies import deepspeed_facts, launched
 from launcher.targets import num_trained
-
-
-def launched_strategy(config: Config) -> Strategy:
-    """The strategy that the started processes are to run: the one asked for, or what their launcher announced."""
-    asked = config.parallel.strategy
-    if asked != "auto":
-        return named(asked)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return named(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
-    return named("single" if world_size() == 1 else "ddp")
 
 
 def start_processes(config: Config, architecture: Architecture) -> Accelerator:
@@ -35,7 +25,7 @@ def start_processes(config: Config, architecture: Architecture) -> Accelerator:
     accelerate's launcher and plain torchrun will both do: what a strategy's file says is applied here where the launcher
     has not read it.
     """
-    on_gpu, world, strategy = torch.cuda.is_available(), world_size(), launched_strategy(config)
+    on_gpu, world, strategy = torch.cuda.is_available(), world_size(), launched(config.parallel.strategy)
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if strategy.stage:

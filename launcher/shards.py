@@ -14,20 +14,25 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 BITSANDBYTES_MOMENTS = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 
 
+def is_sharded(parameter: torch.nn.Parameter) -> bool:
+    """Whether ZeRO-3 shares out the parameter that computes."""
+    return hasattr(parameter, "ds_id")
+
+
 def num_elements(parameter: torch.nn.Parameter) -> int:
     """Elements of the whole parameter."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return parameter.ds_numel if is_sharded(parameter) else parameter.numel()
 
 
 def num_held(parameter: torch.nn.Parameter) -> int:
     """Elements of a parameter that this process keeps between two uses."""
-    return parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+    return parameter.ds_tensor.numel() if is_sharded(parameter) else parameter.numel()
 
 
 @contextlib.contextmanager
 def gathered(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
     """While this lasts the parameters are whole here, to be read."""
-    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    sharded = [parameter for parameter in parameters if is_sharded(parameter)]
     if not sharded:
         yield
         return
@@ -56,7 +61,7 @@ def write_parameter(parameter: torch.nn.Parameter, value: torch.Tensor, stage: i
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value)
-    if not hasattr(parameter, "ds_id"):
+    if not is_sharded(parameter):
         parameter.data.copy_(value)
         return
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters

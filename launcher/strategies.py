@@ -5,6 +5,7 @@ python -m launcher.strategies > docs/strategies.md
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from launcher.ranks import world_size
 from launcher.variables import CONFIGS, one_process_only, shipped
 
 # What `auto` tries, fastest first. ZeRO-2 moves as many bytes as plain data parallelism does and holds less
@@ -49,6 +51,15 @@ def deepspeed_facts(name: str) -> dict[str, Any]:
     """The `deepspeed_config` of a strategy's file, empty where DeepSpeed does not run."""
     text = (CONFIGS / "strategy" / f"{name}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text).get("deepspeed_config", {})
+
+
+def launched(asked: str) -> Strategy:
+    """The strategy that the started processes are to run: the one asked for, or for `auto` what their launcher announced."""
+    if asked != "auto":
+        return named(asked)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        return named(f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}")
+    return named("single" if world_size() == 1 else "ddp")
 
 
 def refusal(name: str, world: int, *, method: str, optimizer: str = "adamw", is_projected: bool = False) -> str | None:

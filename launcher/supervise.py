@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from launcher import failures
-from launcher.beat import Watchdog, read_sign
+from launcher.beat import EVERY_S, Watchdog, read_sign
 from launcher.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USAGE
 from launcher.failures import ATTEMPT, Failure, block
 from launcher.plan import Plan, halve
@@ -97,13 +97,16 @@ class Processes:
 
     def wait(self) -> int:
         """Hand on signals and watch, until the launcher has ended; returns the exit code."""
-        watchdog, handed_on, failed_at = Watchdog(self.logs, self.timeout_s), 0, None
+        watchdog, handed_on, failed_at, looked_at = Watchdog(self.logs, self.timeout_s), 0, None, 0.0
         while self.launcher.poll() is None:
             time.sleep(POLL_S)
             now = time.monotonic()
             for number in self.signals[handed_on:]:
                 self._send(number)
                 handed_on += 1
+            if now - looked_at < EVERY_S:
+                continue  # the files may lie on another machine, and are written no more often
+            looked_at = now
             if failed_at is None and failures.read(self.logs, self.attempt):
                 failed_at = now
             if self.stuck is None and (found := watchdog.look(now)):

