@@ -7,8 +7,10 @@
 #   HARDWARE  a box to plan for: 4x24GB             PROBE  yes: plan with a few real steps
 #   NNODES    number of machines, NODE_RANK this one's number, MASTER_ADDR where they meet (docs/cluster.md)
 #   HOLD      merged | 4bit | adapters (serving)    DTYPE  auto | bf16 | fp32 (serving)
-#   SET       any option: SET="optim.lr=2e-4 batch.size=32"
-#   RUNS      several runs, to compare: RUNS="one another"
+#   LISTEN    host:port, serve over tcp as well     METRICS  port of this machine for Prometheus
+#   CONNECT   host:port, chat with a daemon there   ADAPTER  who answers; to load: a run folder
+#   SET       any option: SET="optim.lr=2e-4 batch.size=32", for serving SET="serve.slots=8"
+#   RUNS      several runs, to compare or to serve together: RUNS="one another"
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -29,21 +31,31 @@ PROBE ?=
 NNODES ?=
 HOLD ?=
 DTYPE ?=
+LISTEN ?=
+METRICS ?=
+CONNECT ?=
+ADAPTER ?=
+ARGS ?=
 SET ?=
 given = $(foreach name,$(1),$(if $($(name)),'$(name)=$($(name))'))
 # Where machines meet may stand in a cluster's environment; it is meant when there are several, or when it is typed.
 MEETING = $(foreach name,NODE_RANK MASTER_ADDR MASTER_PORT,$(if $(NNODES)$(filter command,$(origin $(name))),$(name)))
 TRAIN_ARGS = $(call given,PEFT MODEL NGPU DATA STRATEGY RUN HARDWARE PROBE NNODES $(MEETING)) $(SET)
 SERVED = $(or $(RUN),$(notdir $(or $(MODEL),smollm2-135m))-$(or $(PEFT),lora))
-SERVE_ARGS = 'RUN=$(SERVED)' $(call given,HOLD DTYPE)
+SERVED_ARGS = $(if $(RUNS)$(CONNECT),$(call given,RUN RUNS),'RUN=$(SERVED)')
+SERVE_ARGS = $(SERVED_ARGS) $(call given,HOLD DTYPE NGPU LISTEN METRICS ADAPTER CONNECT) $(SET)
+CHAT_ARGS = $(if $(CONNECT),,START=yes) $(SERVE_ARGS)
+# Without a name, what is served is found.
+ASK_ARGS = $(call given,RUN ADAPTER CONNECT)
 IMAGE ?= afinar
 
 .DEFAULT_GOAL := help
-.PHONY: help setup variables train plan data eval compare two-runs serve chat infer test test-fast check bench build shell
+.PHONY: help setup variables train plan data eval compare two-runs serve chat infer status load unload stop keys \
+  check-serve check-chat check-infer test test-fast check bench bench-serve build shell
 
 help: ## list the targets and variables
 	@sed -n 's/^#   /  /p' Makefile; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## create .venv from requirements.lock
 
@@ -78,14 +90,34 @@ two-runs:
 	@test -n '$(word 2,$(RUNS))' \
 	  || { echo 'error: RUNS="$(RUNS)": a comparison takes two different runs or more; try RUNS="one another"' >&2; exit 2; }
 
-serve: | variables setup ## hold a finished run in memory for clients
+# The system's Python checks the variables of serving, too.
+check-serve check-chat check-infer: check-%:
+	@$(PYTHON) -m launcher.variables $(call given,PEFT MODEL RUN)
+	@$(PYTHON) -m serve.arguments $(if $(filter serve,$*),daemon,$*) $(if $(filter chat,$*),$(CHAT_ARGS),$(SERVE_ARGS))
+
+serve: | check-serve setup ## hold a finished run, or several, in memory for clients
 	@$(PY) -m serve daemon $(SERVE_ARGS)
 
-chat: | variables setup ## talk to a run; starts its daemon if none runs
-	@$(PY) -m serve chat START=yes $(SERVE_ARGS)
+chat: | check-chat setup ## talk to a run; starts its daemon if none runs
+	@$(PY) -m serve chat $(CHAT_ARGS)
 
-infer: | variables setup ## daemon and terminal together, both gone at /quit
+infer: | check-infer setup ## daemon and terminal together, both gone at /quit
 	@$(PY) -m serve infer $(SERVE_ARGS)
+
+status: | setup ## what a daemon is doing: slots, queue, speed, adapters, memory
+	@$(PY) -m serve status $(ASK_ARGS)
+
+load: | setup ## give a daemon one more run: make load ADAPTER=runs/another
+	@$(PY) -m serve load $(ASK_ARGS)
+
+unload: | setup ## take a run from a daemon: make unload ADAPTER=another
+	@$(PY) -m serve unload $(ASK_ARGS)
+
+stop: | setup ## end a daemon when its open requests are answered
+	@$(PY) -m serve stop $(ASK_ARGS)
+
+keys: | setup ## key pairs for serving over tcp
+	@$(PY) -m serve keys
 
 test: | setup ## the whole suite
 	@$(PY) -m pytest -q
@@ -98,6 +130,9 @@ check: | setup ## lint, format and types
 
 bench: | setup ## training speed on this machine
 	@$(PY) -m bench.train $(TRAIN_ARGS)
+
+bench-serve: | setup ## serving speed on this machine: make bench-serve ARGS="..."
+	@$(PY) -m bench.serve $(ARGS)
 
 build: ## build the image
 	docker build --tag $(IMAGE) .

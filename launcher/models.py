@@ -66,6 +66,8 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base model on `device`, in `dtype` or in four bits with `dtype` as compute type.
 
+    `device` "auto" spreads its layers over all GPUs.
+
     A 4-bit base that `is_served` may use kernels that have no gradient.
     """
     quantization = None
@@ -84,13 +86,13 @@ def load_base(
                 attn_implementation="sdpa",
                 quantization_config=quantization,
                 local_files_only=True,
-                device_map={"": device} if quantization else None,
+                device_map="auto" if device == "auto" else {"": device} if quantization else None,
             )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be loaded ({str(error).splitlines()[0]}); try MODEL=smollm2-135m"
             ) from None
-    if quantization is None and not any(map(is_sharded, model.parameters())):
+    if quantization is None and device != "auto" and not any(map(is_sharded, model.parameters())):
         model.to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu") and not (is_served and dtype == "bf16"):

@@ -1,4 +1,10 @@
-"""`python -m serve {daemon,chat,infer} [NAME=value ...]`: serve a run, talk to it, or both at once."""
+"""`python -m serve COMMAND [NAME=value ...]`: serve runs, talk to them, look after the daemon.
+
+daemon    serve in the foreground             status    what a daemon is doing
+chat      talk to a daemon                    load      give it one more run, `unload` takes one away
+infer     both at once, both gone at /quit    stop      end it when its open requests are answered
+keys      make the key pairs for tcp
+"""
 
 import asyncio
 import subprocess
@@ -11,6 +17,7 @@ from serve.arguments import Arguments
 from serve.errors import EXIT_CANCELLED, EXIT_DONE, ServeError, UserError, nearest
 
 if TYPE_CHECKING:
+    from serve.client import Client
     from serve.runtime import Record
 
 STOP_SECONDS = 10.0
@@ -26,16 +33,34 @@ def main(args: list[str]) -> int:
         raise UserError(f"{command}: unknown command; {nearest(command, words.NAMES)} Try: python -m serve chat")
     parsed = words.parse(command, rest)
     if command == "daemon":
-        from serve import daemon
+        return _daemon(words.require_finished(parsed))
+    if command == "chat":
+        return asyncio.run(_chat(parsed))
+    if command == "infer":
+        return _infer(words.require_finished(parsed))
+    if command == "keys":
+        from serve import keys
 
-        return daemon.main(words.require_finished(parsed))
-    return asyncio.run(_chat(parsed)) if command == "chat" else _infer(words.require_finished(parsed))
+        print(keys.make())
+        return EXIT_DONE
+    from serve import manage
+
+    return asyncio.run(manage.run(command, parsed))
+
+
+def _daemon(arguments: Arguments) -> int:
+    from serve import daemon, runtime, starter
+
+    starter.require_unserved(runtime.directory(), arguments)
+    return daemon.main(arguments)
 
 
 async def _chat(arguments: Arguments) -> int:
-    from serve import runtime, starter
+    from serve import curve, runtime, starter
 
     folder = runtime.directory()
+    if arguments.connect:
+        return await _talk(folder, arguments, curve.remote(arguments.connect))
     if not arguments.start:
         return await _talk(folder, arguments, starter.find_or_fail(folder, arguments))
     record = starter.find(folder, arguments)
@@ -43,8 +68,6 @@ async def _chat(arguments: Arguments) -> int:
         arguments = words.require_finished(arguments)
         process = starter.start(folder, arguments, is_child=False)
         record = await starter.wait_until_published(folder, arguments, process)
-    elif arguments.hold not in ("auto", record.hold):
-        raise UserError(f"{record.run} is served with HOLD={record.hold} already; stop that first: kill {record.pid}")
     return await _talk(folder, arguments, record)
 
 
@@ -52,8 +75,7 @@ def _infer(arguments: Arguments) -> int:
     from serve import runtime, starter
 
     folder = runtime.directory()
-    if (record := starter.find(folder, arguments)) is not None:
-        raise UserError(f"{record.run} is already served by process {record.pid}; try: make chat RUN={record.run}")
+    starter.require_unserved(folder, arguments)
     process = starter.start(folder, arguments, is_child=True)
 
     async def talk() -> int:
@@ -79,9 +101,12 @@ async def _talk(folder: Path, arguments: Arguments, record: "Record") -> int:
 
     async def connected(record: "Record") -> Client:
         try:
-            return await connect(record, progress.show if is_live(sys.stderr) else lambda *_: None)
+            show = progress.show if is_live(sys.stderr) else lambda *_: None
+            client = await connect(record, show, starter.adapter_of(record, arguments) or None)
         finally:
             progress.clear()
+        _require_as_asked(client, arguments)
+        return client
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         from serve import piped
@@ -92,9 +117,19 @@ async def _talk(folder: Path, arguments: Arguments, record: "Record") -> int:
     from serve.terminal import Terminal
 
     async def reconnect() -> Client:
-        return await connected(starter.find_or_fail(folder, arguments))
+        return await connected(record if arguments.connect else starter.find_or_fail(folder, arguments))
 
     return await Terminal(await connected(record), reconnect).run()
+
+
+def _require_as_asked(client: "Client", arguments: Arguments) -> None:
+    """Raise `UserError` if the daemon that runs already holds its runs in another way than was asked for."""
+    for name, wanted, has in (("HOLD", arguments.hold, "hold"), ("DTYPE", arguments.dtype, "dtype")):
+        held = client.info[has]
+        # The echo engine has no dtype.
+        if wanted not in ("auto", held) and held != "none":
+            client.__exit__()
+            raise UserError(f"{client.record.run} is served with {name}={held} already; try: make stop, then again")
 
 
 def run() -> None:

@@ -1,47 +1,62 @@
-"""The daemon: two ROUTER sockets for clients, one engine process behind a PAIR, all in one asyncio loop. Torch-free."""
+"""The daemon: two ROUTER sockets for clients and the engine processes, all in one asyncio loop. Torch-free."""
 
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import zmq
 import zmq.asyncio
 
-from serve import runtime
+from serve import curve, events, keys, runtime
 from serve.arguments import Arguments
 from serve.broker import Broker
-from serve.errors import EXIT_DONE, EXIT_USAGE, EngineError, ServeError, UserError
-from serve.lifeline import child_environment, follow_parent
+from serve.engines import Engines, rss_bytes
+from serve.errors import EXIT_DONE, ServeError
+from serve.lifeline import follow_parent
+from serve.metrics import serve_metrics
 from serve.open_requests import Lane, Sent
 from serve.progress import Progress
 from serve.protocol import MAX_MESSAGE_BYTES, Code, Kind, Message, ProtocolError, decode, encode
 from serve.wire import send_now
 
-TICK_SECONDS = 0.5
+TICK_SECONDS = 0.1
 LINGER_MS = 1000
-ENGINE_STOP_SECONDS = 5.0
 
 
 class Daemon:
-    """Serves one run until a signal or the end of the engine process."""
+    """Serves one or several runs until a signal, an admin's word, or the end of the last engine process."""
 
     def __init__(self, arguments: Arguments, folder: Path) -> None:
         self._arguments = arguments
         self._folder = folder
+        self._log = events.open_log(folder / f"{arguments.name}.events.log")
         self._context = zmq.asyncio.Context()
+        self._pair = keys.daemon_pair() if arguments.listen else None
+        self._guard = curve.Guard(self._context, lambda key: self._log("refused", key=key))
+        if self._pair is not None:
+            # Before there is a door.
+            self._guard.start()
         self._sockets = {lane: self._router(lane) for lane in Lane}
-        self._link = self._context.socket(zmq.PAIR)
-        # The broker bounds the queue; a limit here would block the loop.
-        self._link.set(zmq.SNDHWM, 0)
-        self._link.bind(self._endpoint("engine"))
-        self._broker = Broker(self._send, self._forward)
+        self._admin = secrets.token_hex(16)
+        self._broker = Broker(
+            self._send,
+            lambda number, message: self._engines.forward(number, message),
+            arguments.settings,
+            self._admin,
+            self._log,
+            self.leave,
+            rss_bytes,
+        )
+        self._engines = Engines(arguments, folder, self._context, self._broker, self._on_engine, self._log)
         self._progress = Progress(sys.stdout)
-        self._failure = ""
+        self._draining, self._ending = asyncio.Event(), asyncio.Event()
 
     def _endpoint(self, socket: str) -> str:
         return f"ipc://{runtime.socket_path(self._folder, self._arguments.name, socket)}"
@@ -50,36 +65,53 @@ class Daemon:
         router = self._context.socket(zmq.ROUTER)
         router.set(zmq.ROUTER_MANDATORY, 1)
         router.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        if self._pair is not None:
+            curve.guard_router(router, self._pair)
+            curve.bind(router, self._arguments.listen, int(lane is Lane.CONTROL))
         router.bind(self._endpoint(lane.value))
         return router
 
     async def run(self) -> int:
-        """Serve; the exit code 0 after a signal. Raises `EngineError` when the engine process ends by itself."""
-        stop = asyncio.Event()
+        """Serve; the exit code 0 after a signal. Raises `EngineError` or `UserError` when no engine is left."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runtime.publish(self._folder, self._record())
-        with self._engine_log() as log:
-            engine = await self._start_engine(log)
-        tasks = [asyncio.create_task(job) for job in self._jobs()]
-        endings = [asyncio.create_task(stop.wait()), asyncio.create_task(engine.wait())]
+            asyncio.get_running_loop().add_signal_handler(number, self.leave, False)
+        jobs: list[asyncio.Task[Any]] = []
+        metrics: ThreadingHTTPServer | None = None
         try:
-            finished, _ = await asyncio.wait([*endings, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            for task in finished.intersection(tasks):
+            if self._arguments.metrics:
+                metrics = serve_metrics(self._arguments.metrics, self._broker.status)
+            runtime.publish(self._folder, self._record())
+            self._log("start", pid=os.getpid(), runs=self._arguments.runs, hold=self._arguments.hold)
+            engines = asyncio.create_task(self._engines.run())
+            leaving = asyncio.create_task(self._until_drained())
+            jobs = [engines, leaving, *(asyncio.create_task(job) for job in self._jobs())]
+            finished, _ = await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            for task in finished - {engines}:
                 task.result()
-            if endings[0] in finished:
-                self._broker.end(Code.DRAINING, "the daemon is stopping; try: make chat")
-                return EXIT_DONE
-            raise await self._engine_failed(engine)
+            if leaving not in finished:
+                raise self._no_engine_left(engines.result())
+            self._broker.end(Code.DRAINING, "the daemon is stopping; try: make chat")
+            return EXIT_DONE
         finally:
             self._progress.clear()
-            await self._stop(engine, [*tasks, *endings])
+            if metrics is not None:
+                await asyncio.to_thread(metrics.shutdown)
+                metrics.server_close()
+            await self._stop(jobs)
+
+    def leave(self, now: bool) -> None:
+        """Take no more requests, finish those that are open, and end; at once when `now`, or when asked again."""
+        if now or self._draining.is_set():
+            self._ending.set()
+        if not self._draining.is_set():
+            self._draining.set()
+            self._broker.drain()
+            self._log("drain", open=self._broker.num_open)
 
     def _jobs(self) -> list[Coroutine[Any, Any, None]]:
         return [
             self._listen(Lane.CONTROL, self._broker.on_control),
             self._listen(Lane.DATA, self._broker.on_data),
-            self._listen_to_engine(),
             self._tick(),
         ]
 
@@ -90,18 +122,17 @@ class Daemon:
                 handle(sender, decode(frames))
             except ProtocolError as fault:
                 self._broker.refuse(lane, sender, fault)
+            # Reading what is there already never waits: without this, one who floods us would be the only one heard.
+            await asyncio.sleep(0)
 
-    async def _listen_to_engine(self) -> None:
-        while True:
-            message = decode(await self._link.recv_multipart())
-            if message.kind is Kind.PROGRESS:
-                self._progress.show(message.body["stage"], message.body["done"], message.body["total"])
-            elif message.kind is Kind.ERROR and not any(message.request):
-                # The last words of an engine that could not load; its end is noticed by `run`.
-                self._failure = message.body["message"]
-                continue
-            self._broker.on_engine(message)
-            if message.kind is Kind.READY:
+    def _on_engine(self, number: int, message: Message) -> None:
+        is_loading = self._broker.state == "loading"
+        if is_loading and message.kind is Kind.PROGRESS:
+            self._progress.show(message.body["stage"], message.body["done"], message.body["total"])
+        self._broker.on_engine(number, message)
+        if message.kind is Kind.READY:
+            self._log("ready", engine=number)
+            if is_loading:
                 self._progress.clear()
                 print(ready_line(self._arguments, message.body["info"]), flush=True)
 
@@ -109,6 +140,16 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self._broker.tick()
+            for number in self._broker.hung():
+                if self._engines.kill(number):
+                    self._log("engine hung", engine=number)
+
+    async def _until_drained(self) -> None:
+        await self._draining.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._arguments.settings.drain_s):
+                while self._broker.num_open and not self._ending.is_set():
+                    await asyncio.sleep(TICK_SECONDS / 2)
 
     def _send(self, lane: Lane, receiver: bytes, message: Message) -> Sent:
         try:
@@ -120,9 +161,6 @@ class Daemon:
                 raise
             return Sent.GONE
         return Sent.OK
-
-    def _forward(self, message: Message) -> None:
-        send_now(self._link, encode(message))
 
     def _record(self) -> runtime.Record:
         pid = os.getpid()
@@ -137,60 +175,33 @@ class Daemon:
             pid=pid,
             started=started,
             epoch=self._broker.epoch,
+            # Clients may be in another folder.
+            runs=tuple(str(Path(run).absolute()) for run in self._arguments.runs),
+            admin=self._admin,
+            server_key=self._pair.public if self._pair is not None else "",
         )
 
-    @property
-    def _log_path(self) -> Path:
-        return self._folder / f"{self._arguments.name}.engine.log"
+    def _no_engine_left(self, why: ServeError) -> ServeError:
+        self._broker.end(Code.ENGINE, f"{str(why).partition('; see ')[0]}; the daemon leaves")
+        return why
 
-    def _engine_log(self) -> TextIO:
-        return self._log_path.open("w")
-
-    async def _start_engine(self, log: TextIO) -> asyncio.subprocess.Process:
-        words = [self._endpoint("engine"), self._arguments.run, self._arguments.hold, self._arguments.dtype]
-        return await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "serve.worker", *words],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # Threads spin only briefly while they wait, so that a shared processor does not come to a crawl.
-            env={"GOMP_SPINCOUNT": "10000", **child_environment()},
-        )
-
-    async def _engine_failed(self, engine: asyncio.subprocess.Process) -> ServeError:
-        # What it said last may still be in the socket.
-        await asyncio.sleep(0.1)
-        why = self._failure or f"the engine process died ({how_it_ended(engine.returncode)})"
-        self._broker.end(Code.ENGINE, f"{why}; the daemon leaves")
-        if engine.returncode == EXIT_USAGE:
-            return UserError(why)
-        return EngineError(f"{why}; see {self._log_path}")
-
-    async def _stop(self, engine: asyncio.subprocess.Process, tasks: list[asyncio.Task[Any]]) -> None:
-        for task in tasks:
+    async def _stop(self, jobs: list[asyncio.Task[Any]]) -> None:
+        for task in jobs:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if engine.returncode is None:
-            engine.terminate()
-            try:
-                await asyncio.wait_for(engine.wait(), ENGINE_STOP_SECONDS)
-            except TimeoutError:
-                engine.kill()
-                await engine.wait()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        await self._engines.stop()
+        self._log("stop", **self._broker.figures.endings)
+        self._guard.stop()
         self._context.destroy(linger=LINGER_MS)
-
-
-def how_it_ended(returncode: int | None) -> str:
-    """`exit code 1` or `SIGKILL`."""
-    if returncode is not None and returncode < 0:
-        return signal.Signals(-returncode).name
-    return f"exit code {returncode}"
 
 
 def ready_line(arguments: Arguments, info: dict[str, Any]) -> str:
     """The one line that says that the daemon is up."""
+    where = f", on tcp {arguments.listen}" if arguments.listen else ""
     size = f"{info['num_slots']} slots x {info['context']} tokens"
-    return f"ready: {arguments.run} ({info['hold']}, {info['dtype']}) {size}; talk to it with: make chat"
+    return (
+        f"ready: {' '.join(arguments.runs)} ({info['hold']}, {info['dtype']}) {size}{where}; talk to it with: make chat"
+    )
 
 
 def main(arguments: Arguments) -> int:

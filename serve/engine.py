@@ -1,36 +1,87 @@
-"""What an engine must be able to do, and the echo engine: a small honest one for tests and torch-free demos.
+"""What an engine must be able to do. An engine knows no sockets and no terminal: it holds rows of keys and values.
 
-An engine knows no sockets and no terminal. It holds `num_slots` rows of key-value cache; the worker fills them.
+A request is started in a slot, its prompt is read in chunks, and from then on every step gives it one more token.
 """
 
-import codecs
-import os
-import time
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+BASE = "base"
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be served, or is not there; one line that ends with what to try."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """Something that answers: the bare base, or a run's adapter, known by the digest of its file.
+
+    `matched` of `total` tensors found their place; `kl` is how far it moves the next token from the base on a fixed
+    probe, in nats. `context` counts the tokens of prompt and answer together. Loading took `load_s` seconds.
+    """
+
+    name: str
+    digest: str
+    method: str
+    context: int
+    matched: int = 0
+    total: int = 0
+    kl: float | None = None
+    run: str = ""
+    load_s: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """`name@digest`, or the name alone where there is no file."""
+        return f"{self.name}@{self.digest}" if self.digest else self.name
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is loaded. `context` counts tokens of prompt and answer together, per slot."""
+    """What is loaded. `chunk` is the most prompt tokens that one turn reads; `graphs` says whether CUDA graphs are used.
+
+    `notes` are plain sentences that a person should read.
+    """
 
     model: str
-    adapter: str | None
+    base: str
     hold: str
     dtype: str
+    devices: tuple[str, ...]
     context: int
     num_slots: int
+    chunk: int
     stop_ids: tuple[int, ...]
+    adapters: tuple[AdapterInfo, ...]
+    graphs: str = "off"
+    merge_kl: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: temperature 0 is greedy, top_k 0 and top_p 1 mean no limit."""
+    """How the next token is chosen. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1: no limit.
+
+    `seed` None asks for a drawn one.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """How far the prompt in a slot has been read, in tokens; `token` is the first of the answer, once all is read."""
+
+    slot: int
+    done: int
+    total: int
+    token: int | None = None
 
 
 class Detokenizer(Protocol):
@@ -46,7 +97,10 @@ class Detokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded model with `info.num_slots` independent slots. Used from one thread."""
+    """A loaded model with `info.num_slots` independent slots. Used from one thread.
+
+    A token of -1 means that the logits were not numbers: that request is lost, the others are not.
+    """
 
     @property
     def info(self) -> EngineInfo:
@@ -61,66 +115,39 @@ class Engine(Protocol):
         """A fresh one for one answer."""
         ...
 
-    def prefill(self, slot: int, ids: list[int], sampling: Sampling) -> int:
-        """Occupy a slot with a prompt and return the first token of the answer; if it raises, the slot stays free."""
+    def start(self, slot: int, ids: list[int], sampling: Sampling, adapter: str) -> int:
+        """Occupy a slot; how many of the ids were read before, by this adapter, and need no reading again."""
         ...
 
-    def step(self, slots: list[int]) -> list[int]:
-        """The next token of each of these occupied slots, in the same order."""
+    def prefill(self, slots: list[int]) -> list[Read]:
+        """Read a chunk more of the prompts in these slots, together at most `info.chunk` tokens."""
+        ...
+
+    def step(self) -> dict[int, int]:
+        """The next token of every slot whose prompt has been read."""
         ...
 
     def free(self, slot: int) -> None:
         """Give the slot back."""
         ...
 
+    def load_adapter(self, run: str) -> AdapterInfo:
+        """Serve the adapter of one more finished run, under its digest; raises `AdapterError`."""
+        ...
 
-class Utf8Detokenizer:
-    """For engines whose tokens below 256 are UTF-8 bytes."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """See `Detokenizer.push`."""
-        return self._decoder.decode(bytes([token]))
-
-    def flush(self) -> str:
-        """See `Detokenizer.flush`."""
-        return self._decoder.decode(b"", final=True)
+    def unload_adapter(self, key: str) -> None:
+        """Forget an adapter that no slot uses; raises `AdapterError`."""
+        ...
 
 
-class EchoEngine:
-    """Answers with the last message, one UTF-8 byte a token; `$AFINAR_ECHO_DELAY` seconds pass with every token."""
+def resolve(adapters: tuple[AdapterInfo, ...], wanted: str | None) -> AdapterInfo:
+    """The adapter that a request means: None the first name, a name the newest of that name, `name@digest` exactly that.
 
-    STOP = 256
-    TURN = 257
-
-    def __init__(self) -> None:
-        self.info = EngineInfo("echo", None, "echo", "none", context=2048, num_slots=8, stop_ids=(self.STOP,))
-        self._delay = float(os.environ.get("AFINAR_ECHO_DELAY", "0"))
-        self._answers: dict[int, list[int]] = {}
-
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """One `TURN` token before the bytes of each message."""
-        if messages[-1]["role"] != "user":
-            raise ValueError("the last turn of a conversation must be the user's")
-        return [token for message in messages for token in (self.TURN, *message["content"].encode())]
-
-    def detokenizer(self) -> Utf8Detokenizer:
-        """See `Engine.detokenizer`."""
-        return Utf8Detokenizer()
-
-    def prefill(self, slot: int, ids: list[int], sampling: Sampling) -> int:
-        """Remember the last turn, backwards, so that each step takes the last element."""
-        last_turn = len(ids) - ids[::-1].index(self.TURN)
-        self._answers[slot] = [self.STOP, *reversed(ids[last_turn:])]
-        return self.step([slot])[0]
-
-    def step(self, slots: list[int]) -> list[int]:
-        """See `Engine.step`."""
-        time.sleep(self._delay)
-        return [self._answers[slot].pop() for slot in slots]
-
-    def free(self, slot: int) -> None:
-        """See `Engine.free`."""
-        del self._answers[slot]
+    A digest may be shortened. Raises `AdapterError`.
+    """
+    name, _, digest = (adapters[0].name if wanted is None else wanted).partition("@")
+    fitting = [a for a in adapters if a.name == name and a.digest.startswith(digest)]
+    if not fitting:
+        names = ", ".join(dict.fromkeys(a.name for a in adapters))
+        raise AdapterError(f"no adapter {wanted!r} is loaded; choose from: {names}")
+    return fitting[-1]

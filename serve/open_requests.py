@@ -1,11 +1,19 @@
-"""What the daemon remembers of a client and of a request that is not over."""
+"""What the daemon remembers of a client, of a request that is not over, and for a while of one that is."""
 
 import enum
+import hashlib
 import secrets
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from serve.protocol import CREDIT_WINDOW, Message
+from serve.submission import Submission
+
+# How long an answer can be asked for again, and how much of them is kept at most.
+REMEMBER_SECONDS = 300.0
+MAX_REMEMBERED = 256
+MAX_REMEMBERED_CHARACTERS = 4 * 2**20
 
 
 class Lane(enum.Enum):
@@ -23,25 +31,101 @@ class Sent(enum.Enum):
     GONE = "gone"
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
-    """One client. `control` is its routing id there; `secret` lets it speak on the data socket too."""
+    """One client. `control` is its routing id there; `secret` lets it speak on the data socket, and come back.
+
+    `gone_at` is when it was found to have gone; `cancelled` are ids whose CANCEL overtook their SUBMIT.
+    """
 
     control: bytes
+    number: int
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     last_seen: float = field(default_factory=time.monotonic)
     last_probe: float = field(default_factory=time.monotonic)
+    gone_at: float | None = None
+    cancelled: list[bytes] = field(default_factory=list)
+
+    def seen(self) -> None:
+        """It has spoken."""
+        self.last_seen, self.gone_at = time.monotonic(), None
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenRequest:
-    """A SUBMIT without its DONE or ERROR yet. `pending` is text that found no credit."""
+    """A SUBMIT without its DONE or ERROR yet. `texts` are the deltas that were sent, `pending` found no credit.
+
+    `engine` is the number of the engine that answers, None as long as there is none. `lost_at` is when its client could
+    no longer be reached as `data`.
+    """
 
     id: bytes
     data: bytes
     session: Session
+    asked: Submission
+    engine: int | None = None
+    num_starts: int = 0
     credit: int = CREDIT_WINDOW
-    num_deltas: int = 0
+    texts: list[str] = field(default_factory=list)
     pending: str = ""
+    ids: list[int] = field(default_factory=list)
+    sent_ids: list[list[int]] = field(default_factory=list)
     tokens: int = 0
+    accepted: Message | None = None
+    is_in_slot: bool = False
+    place: int | None = None
     terminal: Message | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    last_delta: float | None = None
+    lost_at: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self.texts) + self.pending
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the answer so far."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def replay(self, data: bytes, have: int) -> None:
+        """Its client is back as `data` and has the first `have` deltas; the rest is due again, as one."""
+        self.data, self.credit, self.lost_at = data, CREDIT_WINDOW, None
+        self.texts, self.pending = self.texts[:have], "".join(self.texts[have:]) + self.pending
+        self.ids = [token for ids in self.sent_ids[have:] for token in ids] + self.ids
+        del self.sent_ids[have:]
+
+
+class Remembered:
+    """Requests that are over, the newest ones."""
+
+    def __init__(self) -> None:
+        self._requests: OrderedDict[bytes, tuple[float, OpenRequest]] = OrderedDict()
+        self._characters = 0
+
+    def add(self, request: OpenRequest) -> None:
+        """Remember one more, and forget what is too much or too old."""
+        self._requests[request.id] = (time.monotonic(), request)
+        self._characters += len(request.text)
+        self.tidy()
+
+    def find(self, request_id: bytes) -> OpenRequest | None:
+        """The request of that id, None if it is not remembered."""
+        entry = self._requests.get(request_id)
+        return entry[1] if entry else None
+
+    def take(self, request_id: bytes) -> OpenRequest:
+        """The same, no longer remembered."""
+        _, request = self._requests.pop(request_id)
+        self._characters -= len(request.text)
+        return request
+
+    def tidy(self) -> None:
+        """Forget what is too old, too long or too much."""
+        while self._requests:
+            oldest, (ended, _) = next(iter(self._requests.items()))
+            is_too_much = len(self._requests) > MAX_REMEMBERED or self._characters > MAX_REMEMBERED_CHARACTERS
+            if not is_too_much and time.monotonic() - ended < REMEMBER_SECONDS:
+                return
+            self.take(oldest)

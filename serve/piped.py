@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from serve.client import Client, Delta
+from serve.client import Client, Delta, Done
 from serve.errors import EXIT_CANCELLED, EXIT_DONE, UserError
 from serve.printable import printable
 
@@ -27,7 +27,8 @@ async def answer(client: Client, prompt: str) -> int:
     try:
         async for piece in client.ask([{"role": "user", "content": prompt}]):
             # In a thread, so that a slow reader of ours does not make the daemon think that we are gone.
-            await asyncio.to_thread(_write, printable(piece.text) if isinstance(piece, Delta) else "\n")
+            if isinstance(piece, Delta | Done):
+                await asyncio.to_thread(_write, printable(piece.text) if isinstance(piece, Delta) else "\n")
     except BrokenPipeError:
         # Nobody reads any more, as with `| head -1`; without this Python would complain once more when it leaves.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

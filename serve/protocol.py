@@ -1,8 +1,8 @@
 """What crosses the wire: `[magic][type][request id][body]`, and nothing outside a closed set of types.
 
-Clients talk over two sockets: data (SUBMIT, CREDIT and the answers) and control (HELLO, CANCEL, PING, STATUS), so that
-a cancel never waits behind a prompt. The engine process speaks the same messages with the daemon. The body is a msgpack
-map; unknown keys are ignored, so that a newer client can say more. Every SUBMIT gets exactly one DONE or ERROR.
+Clients talk over two sockets: data (SUBMIT, CREDIT and the answers) and control (all else), so that a cancel never waits
+behind a prompt. The engine processes speak the same messages with the daemon. The body is a msgpack map; unknown keys are
+ignored, so that a newer client can say more. Every SUBMIT gets exactly one DONE or ERROR. docs/protocol.md shows each.
 """
 
 import enum
@@ -25,12 +25,14 @@ SILENCE_SECONDS = PING_SECONDS * MISSED_PINGS
 class Kind(enum.Enum):
     """The type byte."""
 
-    HELLO = b"H"  # client, control: which versions it speaks
+    HELLO = b"H"  # client, control: which versions it speaks; `session` goes on with an earlier one
     WELCOME = b"W"  # daemon, control: who serves, once at HELLO and once more when loading is over
-    PROGRESS = b"P"  # daemon, control: how far loading is; also engine to daemon
+    PROGRESS = (
+        b"P"  # daemon: how far loading is (control), or the place and the prompt of a request (data); also engine
+    )
     READY = b"R"  # engine to daemon: what is loaded
     SUBMIT = b"S"  # client, data: a conversation to answer; also daemon to engine
-    ACCEPTED = b"A"  # daemon, data: how many wait before this one; engine to daemon: it has a slot now
+    ACCEPTED = b"A"  # daemon, data: its place in the queue, its tokens, how it will be sampled; also engine to daemon
     DELTA = b"D"  # daemon, data: the next piece of text; also engine to daemon
     DONE = b"F"  # daemon, data: the answer is over; also engine to daemon
     ERROR = b"E"  # daemon, both: the request is over, or the message was refused; also engine to daemon
@@ -39,20 +41,36 @@ class Kind(enum.Enum):
     PING = b"?"  # client, control: I am alive
     PONG = b"!"  # daemon, control: so am I
     STATUS = b"T"  # client, control: what is going on; the daemon answers with the same type
+    TOKENIZE = b"K"  # client, control: how many tokens a conversation has; answered with the same type; also engine
+    ADAPTERS = b"L"  # client, control: what can answer; answered with the same type; also engine to daemon
+    LOAD = b"+"  # admin, control: serve one more run; answered with ADAPTERS; also daemon to engine
+    UNLOAD = b"-"  # admin, control: forget an adapter; answered with ADAPTERS; also daemon to engine
+    DRAIN = b"G"  # admin, control: take no more requests, finish the open ones, leave; answered with STATUS
+    SHUTDOWN = b"Q"  # admin, control: end the open requests and leave; answered with STATUS
 
 
 class Code(enum.StrEnum):
-    """Why a request failed. E_CONTEXT carries {have, need, max} in tokens, E_QUEUE_FULL {retry_after_ms}."""
+    """Why a request failed. The detail of some carries counts, see docs/protocol.md."""
 
     BAD_REQUEST = "E_BAD_REQUEST"
     UNSUPPORTED = "E_UNSUPPORTED"
-    CONTEXT = "E_CONTEXT"
-    QUEUE_FULL = "E_QUEUE_FULL"
-    CANCELLED = "E_CANCELLED"
+    AUTH = "E_AUTH"
+    CONTEXT = "E_CONTEXT"  # {have, need, max} in tokens
+    QUEUE_FULL = "E_QUEUE_FULL"  # {waiting, max, retry_after_ms}
+    DEADLINE = "E_DEADLINE"  # {deadline_ms, tokens}
+    CANCELLED = "E_CANCELLED"  # {tokens}
+    NO_ADAPTER = "E_NO_ADAPTER"  # {adapters}
+    ADAPTER_INCOMPATIBLE = "E_ADAPTER_INCOMPATIBLE"
+    LOADING = "E_LOADING"
     DRAINING = "E_DRAINING"
+    OOM = "E_OOM"
     ENGINE = "E_ENGINE"
     INTERNAL = "E_INTERNAL"
 
+
+# The same request may succeed a little later.
+RETRYABLE = frozenset({Code.QUEUE_FULL, Code.LOADING, Code.DRAINING, Code.OOM, Code.ENGINE})
+ADMIN = frozenset({Kind.LOAD, Kind.UNLOAD, Kind.DRAIN, Kind.SHUTDOWN})
 
 # The keys without which a body cannot be understood, with their types.
 REQUIRED: dict[Kind, dict[str, type]] = {
@@ -61,15 +79,21 @@ REQUIRED: dict[Kind, dict[str, type]] = {
     Kind.PROGRESS: {"stage": str, "done": int, "total": int},
     Kind.READY: {"info": dict},
     Kind.SUBMIT: {"messages": list},
-    Kind.ACCEPTED: {"position": int},
+    Kind.ACCEPTED: {"prompt_tokens": int, "adapter": str, "max_tokens": int},
     Kind.DELTA: {"text": str, "tokens": int},
-    Kind.DONE: {"reason": str, "usage": dict},
-    Kind.ERROR: {"code": str, "message": str, "detail": dict},
+    Kind.DONE: {"reason": str, "usage": dict, "timings": dict},
+    Kind.ERROR: {"code": str, "message": str, "detail": dict, "retryable": bool},
     Kind.CREDIT: {"count": int},
     Kind.CANCEL: {},
     Kind.PING: {},
     Kind.PONG: {},
     Kind.STATUS: {},
+    Kind.TOKENIZE: {},
+    Kind.ADAPTERS: {},
+    Kind.LOAD: {"run": str},
+    Kind.UNLOAD: {"adapter": str},
+    Kind.DRAIN: {},
+    Kind.SHUTDOWN: {},
 }
 
 
@@ -83,12 +107,13 @@ class Message:
 
 
 class ProtocolError(Exception):
-    """Frames that are no message of ours; `request` is the id they carried, as far as it could be read."""
+    """A message that is refused; `request` is the id it carried, as far as it could be read, `detail` the counts."""
 
-    def __init__(self, code: Code, message: str, request: bytes = NO_REQUEST) -> None:
+    def __init__(self, code: Code, message: str, request: bytes = NO_REQUEST, **detail: Any) -> None:
         super().__init__(message)
         self.code = code
         self.request = request
+        self.detail = detail
 
 
 def encode(message: Message) -> list[bytes]:
@@ -115,7 +140,8 @@ def decode(frames: list[bytes]) -> Message:
 
 def error(request: bytes, code: Code, message: str, **detail: Any) -> Message:
     """An ERROR message."""
-    return Message(Kind.ERROR, request, {"code": code.value, "message": message, "detail": detail})
+    body = {"code": code.value, "message": message, "detail": detail, "retryable": code in RETRYABLE}
+    return Message(Kind.ERROR, request, body)
 
 
 def _unpack(packed: bytes, request: bytes) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The runtime directory: where a daemon says that it serves a run, and where clients look for one.
 
     <name>.json                     the discovery file, written after the sockets are bound
-    <name>.{data,control,engine}    the sockets
+    <name>.{data,control}           the sockets of clients, <name>.engine<i> those of the engine processes
     <name>.lock                     held as long as the daemon lives; the kernel lets go
-    <name>.log, <name>.engine.log   what a daemon in the background, and every engine process, had to say
+    <name>.log, <name>.engine<i>.log   what a daemon in the background, and every engine process, had to say
 
 The directory is 0700 and belongs to the user: who can open it may talk to the daemon.
 """
@@ -18,16 +18,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve.arguments import MAX_ENGINES
 from serve.errors import UserError
 
 # sun_path holds 108 bytes, the last of them is zero.
 MAX_SOCKET_PATH = 107
-SOCKETS = ("data", "control", "engine")
+SOCKETS = ("data", "control")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A discovery file. `started` is the process start time in kernel ticks: a pid may be somebody else's by now."""
+    """A discovery file. `started` is the process start time in kernel ticks: a pid may be somebody else's by now.
+
+    `run` is the first of `runs`. `admin` is the token without which nothing is loaded, unloaded or stopped; `server_key`
+    the daemon's public CURVE key, "" where the sockets need none. A daemon on another machine has the pid 0.
+    """
 
     name: str
     run: str
@@ -37,11 +42,14 @@ class Record:
     pid: int
     started: int
     epoch: str
+    runs: tuple[str, ...] = ()
+    admin: str = ""
+    server_key: str = ""
 
     @property
     def is_alive(self) -> bool:
-        """Whether the daemon that wrote it still runs."""
-        return start_time(self.pid) == self.started
+        """Whether the daemon that wrote it still runs, as far as this machine can know."""
+        return self.pid == 0 or start_time(self.pid) == self.started
 
 
 def directory() -> Path:
@@ -107,7 +115,7 @@ def find_all(folder: Path) -> list[Record]:
 @contextlib.contextmanager
 def claimed(folder: Path, name: str) -> Iterator[None]:
     """Be the only daemon of that name; raises `UserError` naming the pid of another. Removes all traces at the end."""
-    for socket in SOCKETS:
+    for socket in (*SOCKETS, f"engine{MAX_ENGINES - 1}"):
         socket_path(folder, name, socket)
     with os.fdopen(os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600), "r+") as lock:
         try:
@@ -151,11 +159,13 @@ def _read(path: Path) -> Record | None:
     if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
         raise UserError(f"{path} was not written by your daemon; try: rm {path}")
     try:
-        return Record(**json.loads(text))
-    except (ValueError, TypeError):
+        fields = json.loads(text)
+        return Record(**{**fields, "runs": tuple(fields.get("runs", ()))})
+    except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; try: rm {path}") from None
 
 
 def _remove_traces(folder: Path, name: str) -> None:
-    for suffix in ("json", "json.part", *SOCKETS):
+    engines = (f"engine{i}" for i in range(MAX_ENGINES))
+    for suffix in ("json", "json.part", *SOCKETS, *engines):
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)

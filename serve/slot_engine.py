@@ -1,206 +1,257 @@
-"""The engine: a static key/value cache of slots over unmodified transformers modules. The one file that imports `launcher`.
+"""The engine: rows of keys and values over unmodified transformers modules, many answers growing together.
 
-A request lives in a slot (a row of the cache); rows join and leave between steps, so many answers grow together and none
-waits for another. Attention is plain SDPA with a mask made from the positions. The idea is that of continuous batching
-(Yu et al., Orca, OSDI 2022), with a fixed number of slots in place of paged memory.
+Requests join and leave between steps, so none waits for another: continuous batching (Yu et al., Orca, OSDI 2022), with a
+fixed number of rows in place of paged memory. Attention is plain SDPA with a mask made from the positions.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
-from transformers.cache_utils import Cache
 
-from launcher import methods, models
-from launcher.chat import prompt_ids
-from launcher.errors import UserError
-from launcher.reload import Progress, open_run
-from serve import errors
-from serve.engine import Detokenizer, EngineInfo, Sampling
+from serve.cache import SlotCache, row_bytes
+from serve.engine import AdapterError, AdapterInfo, Detokenizer, EngineInfo, Read, Sampling
+from serve.errors import UserError
+from serve.graphs import Graphs, bucket, record_cuda
+from serve.held import Held, Progress, hold_runs
+from serve.layers import BASE_INDEX, Batch, multiply
+from serve.rows import Rows
+from serve.sampler import Sampler
+from serve.settings import Settings
+from serve.shelf import Loaded, Shelf
+from serve.sizes import fit, free_bytes, layer_devices
+from serve.stream import StreamDecoder
 
-NUM_SLOTS = 8
-CONTEXT = 2048
-# Lengths are rounded up to this, so that a step's shapes repeat.
+# What is sensible where nothing was asked for: (rows, tokens of a chunk) by the kind of device.
+DEFAULTS = {"cuda": (64, 512), "cpu": (16, 128)}
+CONTEXT = 4096
+# Lengths are rounded up to this, so that the shapes of steps repeat.
 LENGTH_BUCKET = 64
 
 
-class SlotCache(Cache):
-    """Keys and values of every slot: [layers, slots, heads, length, head_dim]. A forward pass writes into bound rows."""
+@dataclass
+class Seat:
+    """A request in the engine: its prompt, and the token that was chosen last and has not gone through the model."""
 
-    is_compileable = False
-
-    def __init__(self, config: Any, num_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        heads, head_dim = heads_of(config)
-        self.length = length
-        shape = (config.num_hidden_layers, num_slots, heads, length, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self.layers: list[Any] = []
-
-    def seed(self, prefix: Cache) -> int:
-        """Begin every slot with the keys and values of `prefix`, of batch 1; how many positions they take.
-
-        Nothing is ever written there again: the tokens of a request come after them.
-        """
-        length = prefix.get_seq_length()
-        for index, layer in enumerate(prefix.layers):
-            self.keys[index, :, :, :length] = layer.keys
-            self.values[index, :, :, :length] = layer.values
-        return length
-
-    def bind(self, rows: torch.Tensor, positions: torch.Tensor, length: int) -> None:
-        """Where the next forward pass writes: `rows` int64 [B, 1], `positions` int64 [B, L]; it reads `length` back."""
-        self._rows, self._positions, self._reads = rows, positions, length
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store [B, heads, L, head_dim] and return everything the rows hold: [B, heads, length, head_dim]."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self._rows, :, self._positions] = key_states.transpose(1, 2).to(keys.dtype)
-        values[self._rows, :, self._positions] = value_states.transpose(1, 2).to(values.dtype)
-        rows = self._rows[:, 0]
-        return keys[rows, :, : self._reads], values[rows, :, : self._reads]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Zero: positions are given explicitly."""
-        return 0
-
-    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        """(length of keys, offset) for the mask, which is given explicitly too."""
-        return self._reads, 0
+    ids: list[int]
+    adapter: Loaded
+    done: int
+    last: int = field(default=-1)
 
 
 class SlotEngine:
-    """Serve one finished run. See `serve.engine.Engine` for the face."""
+    """Serve what is held. See `serve.engine.Engine` for the face."""
 
-    def __init__(self, run: Path, hold: str, dtype: str, progress: Progress) -> None:
-        try:
-            loaded = open_run(run, hold, dtype, progress)
-        except UserError as error:
-            raise errors.UserError(str(error)) from None
-        self.tokenizer = loaded.tokenizer
-        self.model = loaded.module
-        length = min(CONTEXT, self.model.config.max_position_embeddings)
-        kind = models.DTYPES[loaded.dtype]
-        self._device = self.model.device
-        num_slots = NUM_SLOTS
-        if self._device.type == "cuda":
-            num_slots = fit_slots(torch.cuda.mem_get_info(self._device)[0], slot_bytes(self.model.config, length, kind))
-        self.cache = SlotCache(self.model.config, num_slots, length, kind, self._device)
-        with torch.inference_mode():
-            prefix = methods.prefix_cache(loaded.model, 1)
-            self._num_prefix = self.cache.seed(prefix) if prefix else 0
-        self.info = EngineInfo(
-            model=loaded.config.model.name, adapter=run.name, hold=loaded.hold, dtype=loaded.dtype,
-            context=length - self._num_prefix, num_slots=num_slots, stop_ids=loaded.stop_ids,
+    def __init__(self, held: Held, settings: Settings) -> None:
+        self._held = held
+        self.model = held.model
+        self._decoder, self._head = self.model.base_model, self.model.get_output_embeddings()
+        self._device: torch.device = self.model.device
+        self._batch = Batch()
+        devices = layer_devices(self.model)
+        is_spread = len(set(devices)) > 1
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        rows, chunk = DEFAULTS[self._device.type]
+        length = min(settings.context or CONTEXT, self.model.config.max_position_embeddings)
+        number, length = fit(
+            free_bytes(self._device, settings.memory), lambda n: row_bytes(self.model.config, n, dtype),
+            settings.slots or rows, length,
         )  # fmt: skip
-        # Of each slot: the token that was sampled last and has not gone through the model, and its position.
-        self._last = torch.zeros(num_slots, dtype=torch.long)
-        self._position = torch.zeros(num_slots, dtype=torch.long)
-        self._sampling = [Sampling()] * num_slots
+        self.cache = SlotCache(self.model.config, number, length, dtype, devices)
+        self._graphs = Graphs(record_cuda if self._device.type == "cuda" and not is_spread else None)
+        self._shelf = Shelf(held, self._batch, length)
+        self._rows = Rows(number, self.cache, self._shelf.head_length)
+        self._sampler = Sampler(number, self._head.weight.shape[0], self._device)
+        self._seats: dict[int, Seat] = {}
+        self.info = EngineInfo(
+            model=held.name, base=held.base, hold=held.hold, dtype=held.dtype,
+            devices=tuple(dict.fromkeys(map(str, devices))), context=length, num_slots=number,
+            chunk=settings.chunk or chunk, stop_ids=held.stop_ids, adapters=(), merge_kl=held.merge_kl, notes=held.notes,
+        )  # fmt: skip
+        self._tell()
+
+    # The face.
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation up to where the assistant speaks, by the renderer that training used."""
-        try:
-            return prompt_ids(self.tokenizer, messages)  # type: ignore[arg-type]
-        except UserError as error:
-            raise ValueError(str(error)) from None
+        return self._held.prompt_ids(messages)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental decoder for one answer."""
-        return StreamDecoder(self.tokenizer)
+        return StreamDecoder(self._held.tokenizer)
 
-    def prefill(self, slot: int, ids: list[int], sampling: Sampling) -> int:
-        """Run a prompt through the model into `slot`; its first token."""
-        self._sampling[slot] = sampling
-        positions = self._num_prefix + torch.arange(len(ids))[None]
-        logits = self._forward(torch.tensor([ids]), [slot], positions)
-        self._position[slot] = self._num_prefix + len(ids)
-        self._last[slot] = token = self._sample(logits[0], slot)
-        return token
+    def start(self, slot: int, ids: list[int], sampling: Sampling, adapter: str) -> int:
+        """Find a row that has the beginning of the prompt already, or a free one."""
+        loaded = self._shelf[adapter]
+        reused = self._rows.start(slot, adapter, ids)
+        if loaded.prefix is not None and not reused:
+            self.cache.seed(self._rows.row_of(slot), loaded.prefix)
+        self._seats[slot] = Seat(ids, loaded, reused)
+        self._sampler.start(slot, ids, sampling)
+        return reused
 
-    def step(self, slots: list[int]) -> list[int]:
-        """One more token for each of these slots."""
-        positions = self._position[slots]
-        logits = self._forward(self._last[slots][:, None], slots, positions[:, None])
-        self._position[slots] += 1
-        tokens = [self._sample(row, slot) for row, slot in zip(logits, slots, strict=True)]
-        self._last[slots] = torch.tensor(tokens)
-        return tokens
+    def prefill(self, slots: list[int]) -> list[Read]:
+        """Read a chunk of these prompts in one pass, padded to the longest."""
+        seats = [self._seats[slot] for slot in slots]
+        size = max(1, self.info.chunk // len(slots))
+        pieces = [seat.ids[seat.done : seat.done + size] for seat in seats]
+        longest = max(map(len, pieces))
+        ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])
+        starts = [seat.adapter.num_prefix + seat.done for seat in seats]
+        ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+        # Padding is written where nobody reads.
+        places = torch.tensor(starts)[:, None] + torch.arange(longest)
+        positions = places.masked_fill(places >= torch.tensor(ends)[:, None], self.cache.length)
+        rows, reads = [self._rows.row_of(slot) for slot in slots], self._reads(max(ends))
+        where = slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows, device=self._device)
+        whole = [i for i, s in enumerate(seats) if s.done + len(pieces[i]) == len(s.ids)]
+        last = [(i, len(pieces[i]) - 1) for i in whole]
+        indices = torch.tensor([seat.adapter.index for seat in seats])
+        logits = self._forward(ids, positions, where, reads, indices, _only(seats), last)
+        return self._finish_reading(slots, pieces, whole, logits)
+
+    def _finish_reading(
+        self, slots: list[int], pieces: list[list[int]], whole: list[int], logits: torch.Tensor
+    ) -> list[Read]:
+        for slot, piece in zip(slots, pieces, strict=True):
+            self._rows.rows[self._rows.row_of(slot)].tokens.extend(piece)
+            self._seats[slot].done += len(piece)
+        first: dict[int, int] = {}
+        if whole:
+            ready = [slots[i] for i in whole]
+            chosen = self._sampler.choose(logits, ready, [len(self._seats[slot].ids) for slot in ready])
+            first = dict(zip(ready, chosen, strict=True))
+            for slot, token in first.items():
+                self._seats[slot].last = token
+                self._rows.answer(slot)
+        return [Read(slot, self._seats[slot].done, len(self._seats[slot].ids), first.get(slot)) for slot in slots]
+
+    def step(self) -> dict[int, int]:
+        """One more token for each answering row, in one pass."""
+        slots = self._rows.answering
+        seats = [self._seats[slot] for slot in slots]
+        written = [len(self._rows.rows[row].tokens) for row in range(len(slots))]
+        positions = [seat.adapter.num_prefix + n for seat, n in zip(seats, written, strict=True)]
+        size = self._padded(len(slots))
+        reads, only = self._reads(max(positions) + 1), _only(seats)
+        columns = [[s.last, p, s.adapter.index] for s, p in zip(seats, positions, strict=True)]
+        columns += [[0, self.cache.length, BASE_INDEX]] * (size - len(slots))
+
+        def run(inputs: torch.Tensor) -> torch.Tensor:
+            ids, places, indices = inputs
+            everything = [(i, 0) for i in range(size)]
+            return self._forward(ids[:, None], places[:, None], slice(0, size), reads, indices, only, everything)
+
+        inputs = torch.tensor(columns).t().contiguous().to(self._device)
+        logits = self._graphs.run((size, reads, only), run, inputs)[: len(slots)]
+        tokens = self._sampler.choose(logits.clone(), slots, [n + 1 for n in written])
+        for row, (seat, token) in enumerate(zip(seats, tokens, strict=True)):
+            self._rows.rows[row].tokens.append(seat.last)
+            seat.last = token
+        if self._graphs.state != self.info.graphs:
+            self.info = replace(self.info, graphs=self._graphs.state)
+        return dict(zip(slots, tokens, strict=True))
 
     def free(self, slot: int) -> None:
-        """Forget a request. Its keys stay until they are written over; the mask hides them."""
-        self._position[slot] = self._num_prefix
+        """Forget a request; its row keeps what it has read."""
+        seat = self._seats.pop(slot)
+        row = self._rows.row_of(slot)
+        self._sampler.free(slot)
+        if seat.last < 0 and seat.done == len(seat.ids):
+            # Its numbers went wrong, and they lie in the cache.
+            self._rows.rows[row].tokens = []
+            self.cache.wipe(row)
+        self._rows.free(slot)
+
+    def load_adapter(self, run: str) -> AdapterInfo:
+        """Serve one more run: everything of it must fit this base, and it must change what the base says."""
+        info = self._shelf.load(run)
+        self._tell()
+        return info
+
+    def unload_adapter(self, key: str) -> None:
+        """Forget an adapter that no slot uses, and all that its rows have read."""
+        self._rows.forget(key)
+        self._shelf.unload(key)
+        self._tell()
+
+    def _tell(self) -> None:
+        """The adapters have changed."""
+        self.info = replace(self.info, adapters=self._shelf.infos)
+        self._graphs.forget()
+
+    # The model.
+
+    def _padded(self, number: int) -> int:
+        """How many rows a step computes: few shapes where they are recorded, and two are quicker than one in fp32."""
+        if self._graphs.is_on:
+            return bucket(number, self.info.num_slots)
+        is_slow_alone = self._device.type == "cpu" and self.cache.keys[0].dtype is torch.float32
+        return min(max(number, 2), self.info.num_slots) if is_slow_alone else number
+
+    def _reads(self, length: int) -> int:
+        return min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, self.cache.length)
 
     @torch.inference_mode()
-    def _forward(self, ids: torch.Tensor, slots: list[int], positions: torch.Tensor) -> torch.Tensor:
-        """ids, positions int64 [B, L] -> fp32 logits [B, vocabulary] of the last position."""
-        length = min(-(-(int(positions.max()) + 1) // LENGTH_BUCKET) * LENGTH_BUCKET, self.cache.length)
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: slice | torch.Tensor,
+        reads: int,
+        indices: torch.Tensor,
+        only: int | None,
+        last: Sequence[tuple[int, int]],
+    ) -> torch.Tensor:
+        """ids, positions int64 [B, L], adapter indices [B] -> fp32 logits [len(last), vocabulary] after `last` (b, l)."""
         positions = positions.to(self._device)
-        self.cache.bind(torch.tensor(slots, device=self._device)[:, None], positions, length)
-        reads = torch.arange(length, device=self._device)[None, None, :] <= positions[:, :, None]
-        return self.model(
+        self.cache.bind(rows, positions, reads)
+        self._batch.bind(indices.to(self._device), only)
+        hidden_places = torch.arange(reads, device=self._device)[None, None, :] > positions[:, :, None]
+        # As numbers: from booleans every layer would make them anew.
+        mask = torch.zeros(hidden_places.shape, dtype=self.cache.keys[0].dtype, device=self._device)
+        mask.masked_fill_(hidden_places, float("-inf"))
+        hidden = self._decoder(
             input_ids=ids.to(self._device),
-            position_ids=positions,
-            attention_mask=reads[:, None],
+            # The place for padding is one behind those that the model knows.
+            position_ids=positions.clamp(max=self.cache.length - 1),
+            attention_mask=mask[:, None],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1].float()  # fmt: skip
-
-    def _sample(self, logits: torch.Tensor, slot: int) -> int:
-        """Greedy at temperature 0; else drawn with noise keyed by seed and position, so company changes nothing."""
-        sampling = self._sampling[slot]
-        if sampling.temperature == 0:
-            return int(logits.argmax())
-        probabilities = _truncate(logits / sampling.temperature, sampling).softmax(-1).cpu()
-        noise = torch.Generator().manual_seed((sampling.seed * 1_000_003 + int(self._position[slot])) % 2**63)
-        return int(torch.multinomial(probabilities, 1, generator=noise))
+        )[0]
+        if len(last) == hidden.shape[0] and hidden.shape[1] == 1:
+            hidden = hidden[:, 0]
+        elif last:
+            hidden = torch.stack([hidden[b, position] for b, position in last])
+        else:
+            return hidden.new_zeros(0, 0)
+        return multiply(self._head, hidden.to(self._head.weight.device)).float().to(self._device)
 
 
-class StreamDecoder:
-    """Tokens to text as they come; a character whose bytes are not all there is held back."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer._tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token."""
-        return self._stream.step(self._tokenizer, token) or ""
-
-    def flush(self) -> str:
-        """Nothing more: what is still held back is not a character."""
-        return ""
-
-
-def heads_of(config: Any) -> tuple[int, int]:
-    """(heads of keys and values, their dimension) of a model configuration."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def slot_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one slot holds: 2 x layers x heads x length x head_dim x bytes a number."""
-    heads, head_dim = heads_of(config)
-    return 2 * config.num_hidden_layers * heads * length * head_dim * dtype.itemsize
+def open_engine(
+    runs: Sequence[Path],
+    hold: str,
+    dtype: str,
+    settings: Settings,
+    progress: Progress,
+    device: int = 0,
+    num_devices: int = 1,
+) -> SlotEngine:
+    """An engine that serves these finished runs; raises `serve.errors.UserError`."""
+    held = hold_runs(runs, hold, dtype, settings.memory, progress, device, num_devices)
+    engine = SlotEngine(held, settings)
+    if held.hold != "merged":
+        for number, run in enumerate(runs):
+            progress(f"loading the adapter {run.name}", number, len(runs))
+            try:
+                engine.load_adapter(str(run))
+            except AdapterError as fault:
+                raise UserError(str(fault)) from None
+    return engine
 
 
-def fit_slots(free: int, each: int) -> int:
-    """How many slots go into `free` bytes of GPU memory, one at least; a quarter is left for a step's own tensors."""
-    return max(1, min(NUM_SLOTS, int(free * 0.75) // each))
-
-
-def _truncate(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Keep the `top_k` most likely tokens, then the fewest whose probabilities reach `top_p` (arXiv:1904.09751)."""
-    if sampling.top_k:
-        smallest = logits.topk(min(sampling.top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < smallest, float("-inf"))
-    if sampling.top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
-        logits = logits.masked_fill(outside.scatter(0, order, outside), float("-inf"))
-    return logits
+def _only(seats: Sequence[Seat]) -> int | None:
+    """The adapter of all of them, None if there are several."""
+    indices = {seat.adapter.index for seat in seats}
+    return indices.pop() if len(indices) == 1 else None

@@ -4,6 +4,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from serve import runtime
@@ -16,17 +17,36 @@ PUBLISH_SECONDS = 20.0
 
 def find(folder: Path, arguments: Arguments) -> runtime.Record | None:
     """The live daemon of the named run, or the only one where none was named; raises `UserError` if several are."""
-    if arguments.run:
-        record = runtime.find(folder, arguments.name)
-        if record is not None and Path(record.run).absolute() != Path(arguments.run).absolute():
+    records = runtime.find_all(folder)
+    if not arguments.run:
+        if len(records) > 1:
+            runs = ", ".join(run for record in records for run in (record.run, *record.runs[1:]))
+            raise UserError(f"several runs are served: {runs}; try RUN={records[0].run}")
+        return records[0] if records else None
+    wanted = Path(arguments.run).absolute()
+    for record in records:
+        if wanted in (Path(run).absolute() for run in record.runs):
+            return record
+    for record in records:
+        if record.name == arguments.name:
             # Names of daemons are names of folders; `runs/x` and `old/x` cannot be served at the same time.
             raise UserError(f"{record.name} means {record.run} now (process {record.pid}); try RUN={record.run}")
-        return record
-    records = runtime.find_all(folder)
-    if len(records) > 1:
-        runs = ", ".join(record.run for record in records)
-        raise UserError(f"several runs are served: {runs}; try RUN={records[0].run}")
-    return records[0] if records else None
+    return None
+
+
+def require_unserved(folder: Path, arguments: Arguments) -> None:
+    """Raise `UserError` if a daemon serves one of the runs already, alone or among others."""
+    for run in arguments.runs:
+        record = find(folder, replace(arguments, run=run))
+        if record is not None:
+            raise UserError(f"{run} is already served by process {record.pid}; try: make chat RUN={run}")
+
+
+def adapter_of(record: runtime.Record, arguments: Arguments) -> str:
+    """Who shall answer: ADAPTER, or the named run where a daemon serves several; "" leaves it to the daemon."""
+    if not arguments.adapter and arguments.run and len(record.runs) > 1:
+        return arguments.name
+    return arguments.adapter
 
 
 def find_or_fail(folder: Path, arguments: Arguments) -> runtime.Record:

@@ -12,6 +12,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from serve import commands
 from serve.client import Client, Delta, Done
+from serve.engine import BASE
 from serve.errors import EXIT_DONE, RequestError, ServeError
 from serve.keyboard import own_keyboard
 from serve.printable import printable
@@ -80,7 +81,7 @@ class Terminal:
             print("The conversation is forgotten.")
         elif command == "/status":
             status = await (await self._connected()).status()
-            busy = f"{status['busy_slots']} of {status['info']['num_slots']} slots busy, {status['waiting']} waiting"
+            busy = f"{status['busy_slots']} of {status['num_slots']} slots busy, {status['waiting']} waiting"
             print(f"{describe(self._client)}; {busy}, {len(self._conversation.turns)} turns in this conversation")
 
     async def _exchange(self, prompt: str) -> None:
@@ -95,7 +96,7 @@ class Terminal:
                     heard.append(piece.text)
                     # In a thread: Ctrl-S stops the screen, and the pings must go on.
                     await asyncio.to_thread(_write, printable(piece.text))
-                else:
+                elif isinstance(piece, Done):
                     done = piece
         except RequestError as fault:
             if fault.code != Code.CANCELLED:
@@ -119,7 +120,7 @@ class Terminal:
         print(f"\x1b[2m{text}\x1b[0m" if self._has_colour else text)
 
     async def _connected(self) -> Client:
-        if not self._client.record.is_alive:
+        if self._client.is_lost:
             client = await self._reconnect()
             self._client.__exit__()
             self._client = client
@@ -132,10 +133,14 @@ def banner(client: Client) -> str:
 
 
 def describe(client: Client) -> str:
-    """`runs/x: smollm2-135m + lora (merged, bf16), context 2048 tokens`."""
+    """`runs/x: smollm2-135m + x (adapters, bf16), context 4096 tokens; also here: y, base`."""
     info = client.info
-    model = f"{info['model']} + {info['adapter']}" if info["adapter"] else info["model"]
-    return f"{client.record.run}: {model} ({info['hold']}, {info['dtype']}), context {info['context']} tokens"
+    names = list(dict.fromkeys(adapter["name"] for adapter in info["adapters"]))
+    answers = (client.adapter or names[0]).partition("@")[0]
+    others = [name for name in names if name != answers]
+    model = info["model"] if answers == BASE else f"{info['model']} + {answers}"
+    here = f"; also here: {', '.join(others)}" if others else ""
+    return f"{client.record.run}: {model} ({info['hold']}, {info['dtype']}), context {info['context']} tokens{here}"
 
 
 def history_file() -> Path:

@@ -1,29 +1,57 @@
-"""The engine process: `python -m serve.worker ENDPOINT RUN HOLD DTYPE`, started by the daemon and gone with it.
+"""The engine process: `python -m serve.worker {what to load, as JSON}`, started by the daemon and gone with it.
 
-Requests join and leave between steps: each turn of the loop admits at most one waiting request (its prefill delays the
-others' next token) and then gives every occupied slot one more token.
+Requests join and leave between steps. A turn of the loop gives waiting requests the free slots, reads one chunk of the
+prompts that are not read yet, and gives every answer one more token: a long prompt delays the others by one chunk at most.
 """
 
 import dataclasses
+import json
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import zmq
 
 from serve import submission
-from serve.engine import EchoEngine, Engine
+from serve.echo import EchoEngine
+from serve.engine import AdapterError, Engine, resolve
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
-from serve.slots import Request, SlotTable, answer_limit
+from serve.settings import Settings
+from serve.slots import Request, SlotTable, num_read_together
 
 Send = Callable[[Message], None]
 PROGRESS_SECONDS = 0.05
+# So many steps in a row that fail: the device, not a request, is broken.
+MAX_FAILURES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What an engine process shall hold. `device` is the number of its GPU; `num_devices` are there if one is too small."""
+
+    endpoint: str
+    runs: tuple[str, ...]
+    hold: str
+    dtype: str
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    device: int = 0
+    num_devices: int = 1
+
+    def to_json(self) -> str:
+        """For the command line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Load":
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        return Load(**{**fields, "runs": tuple(fields["runs"]), "settings": Settings(**fields["settings"])})
 
 
 class Worker:
@@ -33,6 +61,7 @@ class Worker:
         self.engine = engine
         self.table = SlotTable(engine.info.num_slots)
         self._send = send
+        self._failures = 0
 
     @property
     def is_idle(self) -> bool:
@@ -49,73 +78,175 @@ class Worker:
             self.receive(message)
 
     def receive(self, message: Message) -> None:
-        """Take a SUBMIT or a CANCEL."""
-        if message.kind is Kind.CANCEL:
-            self._cancel(message.request)
-        else:
-            try:
-                self._queue(message)
-            except ProtocolError as fault:
-                self._send(error(message.request, fault.code, str(fault)))
-            except ValueError as fault:
-                self._send(error(message.request, Code.BAD_REQUEST, first_line(fault)))
-            except Exception as fault:
-                traceback.print_exc()
-                self._send(error(message.request, Code.ENGINE, first_line(fault)))
+        """Take a message of the daemon's; whatever is wrong with it is answered with an ERROR."""
+        handlers = {
+            Kind.SUBMIT: self._queue,
+            Kind.CANCEL: self._cancel,
+            Kind.TOKENIZE: self._tokenize,
+            Kind.LOAD: self._load,
+            Kind.UNLOAD: self._unload,
+        }
+        try:
+            handlers[message.kind](message)
+        except ProtocolError as fault:
+            self._send(error(message.request, fault.code, str(fault)))
+        except AdapterError as fault:
+            code = Code.ADAPTER_INCOMPATIBLE if message.kind is Kind.LOAD else Code.NO_ADAPTER
+            self._send(error(message.request, code, str(fault)))
+        except ValueError as fault:
+            self._send(error(message.request, Code.BAD_REQUEST, first_line(fault)))
+        except Exception as fault:
+            traceback.print_exc()
+            self._send(error(message.request, engine_code(fault), first_line(fault)))
 
     def turn(self) -> None:
-        """Admit one, then one token for everybody."""
-        if admitted := self.table.admit():
-            self._prefill(*admitted)
-        if self.table.occupied:
-            slots = sorted(self.table.occupied)
-            for slot, token in zip(slots, self.engine.step(slots), strict=True):
-                self._emit(slot, token)
+        """Fill the free slots, read one chunk, then one token for everybody."""
+        while admitted := self.table.admit():
+            self._start(*admitted)
+        if self.table.reading:
+            self._read()
+        if len(self.table.occupied) > len(self.table.reading):
+            self._step()
+        self._retire()
+
+    # Messages.
 
     def _queue(self, message: Message) -> None:
         asked = submission.parse(message.body, message.request)
+        adapter = resolve(self.engine.info.adapters, asked.adapter)
         ids = self.engine.prompt_ids(asked.messages)
-        context = self.engine.info.context
-        if len(ids) >= context:
-            text = f"the conversation is {len(ids)} tokens and the model holds {context}; try /reset or a shorter text"
-            self._send(error(message.request, Code.CONTEXT, text, have=len(ids), need=len(ids) + 1, max=context))
+        if len(ids) >= adapter.context:
+            text = f"the conversation is {len(ids)} tokens and the model holds {adapter.context}"
+            counts = {"have": len(ids), "need": len(ids) + 1, "max": adapter.context}
+            self._send(error(message.request, Code.CONTEXT, f"{text}; try /reset or a shorter text", **counts))
             return
-        limit = answer_limit(len(ids), asked.max_tokens, context)
-        self.table.add(Request(message.request, ids, asked.sampling, limit, self.engine.detokenizer()))
+        client = message.body.get("client", 0)
+        request = Request(message.request, client, ids, asked, adapter, self.engine.detokenizer())
+        self.table.add(request)
+        body = {"prompt_tokens": len(ids), "adapter": adapter.key, "max_tokens": request.limit}
+        self._send(Message(Kind.ACCEPTED, request.id, body))
 
-    def _prefill(self, slot: int, request: Request) -> None:
-        self._send(Message(Kind.ACCEPTED, request.id, {"position": 0}))
-        try:
-            token = self.engine.prefill(slot, request.ids, request.sampling)
-        except Exception as fault:
-            # This prompt was too much for the engine; the other slots are untouched.
-            traceback.print_exc()
-            self.table.release(slot)
-            self._send(error(request.id, Code.ENGINE, first_line(fault)))
+    def _cancel(self, message: Message) -> None:
+        slot = self.table.find(message.request)
+        if slot is not None:
+            tokens = self.table.occupied[slot].generated
+            self._free(slot)
+        elif self.table.withdraw(message.request):
+            tokens = 0
+        else:
             return
-        request.answering = time.monotonic()
-        self._emit(slot, token)
+        self._send(error(message.request, Code.CANCELLED, "cancelled", tokens=tokens))
+
+    def _tokenize(self, message: Message) -> None:
+        asked = submission.parse(message.body, message.request)
+        adapter = resolve(self.engine.info.adapters, asked.adapter)
+        tokens = len(self.engine.prompt_ids(asked.messages))
+        body = {"tokens": tokens, "context": adapter.context, "adapter": adapter.key}
+        self._send(Message(Kind.TOKENIZE, message.request, body))
+
+    def _load(self, message: Message) -> None:
+        adapter = self.engine.load_adapter(message.body["run"])
+        self._tell_adapters(message.request, loaded=adapter.key)
+
+    def _unload(self, message: Message) -> None:
+        adapter = resolve(self.engine.info.adapters, message.body["adapter"])
+        if self.table.uses(adapter.key):
+            raise AdapterError(f"{adapter.key} is answering; try again when its requests are over")
+        self.engine.unload_adapter(adapter.key)
+        self._tell_adapters(message.request, unloaded=adapter.key)
+
+    def _tell_adapters(self, request: bytes, **what: Any) -> None:
+        self._send(Message(Kind.ADAPTERS, request, {"info": dataclasses.asdict(self.engine.info), **what}))
+
+    # Turns.
+
+    def _start(self, slot: int, request: Request) -> None:
+        try:
+            request.reused = self.engine.start(slot, request.ids, request.asked.sampling, request.adapter.key)
+        except Exception as fault:
+            self._fail([slot], fault, is_started=False)
+            return
+        self.table.reading[slot] -= request.reused
+        self._tell_read(request, request.reused, len(request.ids))
+
+    def _read(self) -> None:
+        slots, left = list(self.table.reading), list(self.table.reading.values())
+        slots = slots[: num_read_together(left, self.engine.info.chunk)]
+        try:
+            reads = self.engine.prefill(slots)
+        except Exception as fault:
+            # These prompts were too much for the engine; the other slots are untouched.
+            self._fail(slots, fault)
+            return
+        for read in reads:
+            request = self.table.occupied[read.slot]
+            if read.token is None:
+                self.table.reading[read.slot] = read.total - read.done
+                self._tell_read(request, read.done, read.total)
+            else:
+                del self.table.reading[read.slot]
+                request.answering = time.monotonic()
+                self._emit(read.slot, read.token)
+
+    def _tell_read(self, request: Request, done: int, total: int) -> None:
+        self._send(Message(Kind.PROGRESS, request.id, {"stage": "prompt", "done": done, "total": total}))
+
+    def _step(self) -> None:
+        answering = [slot for slot in self.table.occupied if slot not in self.table.reading]
+        try:
+            tokens = self.engine.step()
+        except Exception as fault:
+            self._failures += 1
+            # Memory may suffice for one request less.
+            self._fail(answering[-1:] if engine_code(fault) is Code.OOM else answering, fault)
+            if self._failures >= MAX_FAILURES:
+                raise
+            return
+        self._failures = 0
+        for slot, token in tokens.items():
+            self._emit(slot, token)
 
     def _emit(self, slot: int, token: int) -> None:
         request = self.table.occupied[slot]
-        text, reason = request.take(token, self.engine.info)
-        if text:
-            self._send(Message(Kind.DELTA, request.id, {"text": text, "tokens": request.generated}))
+        if token < 0:
+            self._fail([slot], ArithmeticError("the model's logits were not numbers; try another adapter"))
+            return
+        text, reason = request.take(token, self.engine.info.stop_ids)
+        if text or request.asked.wants_ids:
+            ids = {"ids": [token]} if request.asked.wants_ids else {}
+            self._send(Message(Kind.DELTA, request.id, {"text": text, "tokens": request.generated, **ids}))
         if reason is not None:
             self._free(slot)
-            self._send(Message(Kind.DONE, request.id, {"reason": reason, "usage": request.usage()}))
+            body = {"reason": reason, "stop": request.stop, "usage": request.usage(), "timings": request.timings()}
+            self._send(Message(Kind.DONE, request.id, body))
 
-    def _cancel(self, request_id: bytes) -> None:
-        slot = self.table.find(request_id)
-        if slot is not None:
-            self._free(slot)
-        elif not self.table.withdraw(request_id):
-            return
-        self._send(error(request_id, Code.CANCELLED, "cancelled"))
+    def _fail(self, slots: list[int], fault: Exception, *, is_started: bool = True) -> None:
+        traceback.print_exception(fault)
+        for slot in slots:
+            request = self.table.occupied[slot]
+            if is_started:
+                self._free(slot)
+            else:
+                self.table.release(slot)
+            self._send(error(request.id, engine_code(fault), first_line(fault)))
 
     def _free(self, slot: int) -> None:
         self.engine.free(slot)
         self.table.release(slot)
+
+    def _retire(self) -> None:
+        """Unload what a newer adapter of the same name has replaced, once nobody is answered by it."""
+        newest = {adapter.name: adapter.key for adapter in self.engine.info.adapters}
+        for adapter in self.engine.info.adapters:
+            if newest[adapter.name] != adapter.key and not self.table.uses(adapter.key):
+                self.engine.unload_adapter(adapter.key)
+                self._tell_adapters(NO_REQUEST, unloaded=adapter.key)
+
+
+def engine_code(fault: BaseException) -> Code:
+    """E_OOM for an allocation that failed, E_ENGINE for the rest. torch's error is known by name: torch is not here."""
+    is_memory = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"
+    return Code.OOM if is_memory or "allocate memory" in str(fault) else Code.ENGINE
 
 
 def first_line(fault: BaseException) -> str:
@@ -124,11 +255,11 @@ def first_line(fault: BaseException) -> str:
     return lines[0] if lines else type(fault).__name__
 
 
-def build(run: str, hold: str, dtype: str, send: Send) -> Engine:
+def build(load: Load, send: Send) -> Engine:
     """Load the engine, telling the daemon how far it is."""
-    if hold == "echo":
-        return EchoEngine()
-    from serve.slot_engine import SlotEngine
+    if load.hold == "echo":
+        return EchoEngine(load.settings.slots or 8)
+    from serve.slot_engine import open_engine
 
     last_stage, last_time = "", 0.0
 
@@ -139,7 +270,10 @@ def build(run: str, hold: str, dtype: str, send: Send) -> Engine:
             last_stage, last_time = stage, now
             send(Message(Kind.PROGRESS, body={"stage": stage, "done": done, "total": total}))
 
-    return SlotEngine(Path(run), hold, dtype, progress)
+    return open_engine(
+        [Path(run) for run in load.runs], load.hold, load.dtype, load.settings, progress,
+        device=load.device, num_devices=load.num_devices,
+    )  # fmt: skip
 
 
 def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
@@ -152,19 +286,19 @@ def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
 
 def main(args: list[str]) -> int:
     """Load, report READY, serve; the process ends by a signal, or with exit code 6 if the run cannot be loaded, 2 if it must not be."""
-    endpoint, run, hold, dtype = args
+    load = Load.from_json(args[0])
     # The terminal sends Ctrl-C to the whole process group; the daemon decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent(signal.SIGKILL)
     context = zmq.Context()
     link = context.socket(zmq.PAIR)
-    link.connect(endpoint)
+    link.connect(load.endpoint)
 
     def send(message: Message) -> None:
         link.send_multipart(encode(message))
 
     try:
-        engine = build(run, hold, dtype, send)
+        engine = build(load, send)
     except Exception as fault:
         traceback.print_exc()
         send(error(NO_REQUEST, Code.ENGINE, first_line(fault)))

@@ -96,7 +96,12 @@ class Box:
         return process
 
     def record(self, name: str = "echo") -> Record:
-        return Record(**json.loads((self.runtime / f"{name}.json").read_text()))
+        fields = json.loads((self.runtime / f"{name}.json").read_text())
+        return Record(**{**fields, "runs": tuple(fields["runs"])})
+
+    def events(self, name: str = "echo") -> list[dict[str, Any]]:
+        lines = (self.runtime / f"{name}.events.log").read_text().splitlines()
+        return [json.loads(line) for line in lines]
 
     def left(self) -> set[str]:
         """What lies in the runtime directory, locks and logs aside."""
@@ -123,16 +128,16 @@ def box() -> Iterator[Box]:
 class RawClient:
     """Two DEALERs and nothing else: it pings only when told to, and grants no credit."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: Record, session: bytes = b"") -> None:
         self.context = zmq.Context()
         self.sockets = {}
         for name, endpoint in (("data", record.data), ("control", record.control)):
             self.sockets[name] = self.context.socket(zmq.DEALER)
             self.sockets[name].connect(endpoint)
-        self.session = b""
+        self.session = session
 
     def __enter__(self) -> "RawClient":
-        self.send("control", Message(Kind.HELLO, body={"proto": [1]}))
+        self.send("control", Message(Kind.HELLO, body={"proto": [1], "session": self.session}))
         welcome = self.receive("control")
         assert welcome.kind is Kind.WELCOME
         self.session = welcome.body["session"]
@@ -148,11 +153,19 @@ class RawClient:
         assert self.sockets[lane].poll(seconds * 1e3), f"nothing came on {lane}"
         return decode(self.sockets[lane].recv_multipart())
 
-    def submit(self, text: str, **options: Any) -> bytes:
-        request = os.urandom(16)
+    def submit(self, text: str, request: bytes = b"", **options: Any) -> bytes:
+        request = request or os.urandom(16)
         body = {"messages": [{"role": "user", "content": text}], "session": self.session, **options}
         self.send("data", Message(Kind.SUBMIT, request, body))
         return request
+
+    def ask(self, kind: Kind, **body: Any) -> Message:
+        """The reply to a question on control."""
+        question = Message(kind, os.urandom(16), body)
+        self.send("control", question)
+        while (message := self.receive("control")).request != question.request:
+            pass
+        return message
 
     def cancel(self, request: bytes) -> None:
         self.send("control", Message(Kind.CANCEL, request))

@@ -4,24 +4,34 @@ import io
 from typing import Any
 
 from serve.broker import Broker
-from serve.engine import EchoEngine, Sampling
+from serve.client import Answer
+from serve.echo import EchoEngine
+from serve.engine import Read
+from serve.figures import Figures, percentile, prometheus
+from serve.fleet import EngineState, Fleet
 from serve.open_requests import Lane, Sent
 from serve.progress import Progress
 from serve.protocol import CREDIT_WINDOW, Code, Kind, Message
+from serve.settings import Settings
+from serve.submission import Submission
 from serve.worker import Worker
 
 ID = b"r" * 16
-INFO = {"context": 2048, "num_slots": 8}
+INFO = {"context": 2048, "num_slots": 8, "adapters": []}
+DONE = {"reason": "stop", "usage": {}, "timings": {}}
 
 
 class Wires:
     """Keeps what the broker sends; `outcome` is what becomes of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_ready: bool = True) -> None:
         self.outcome = Sent.OK
         self.to_client: list[tuple[Lane, Message]] = []
         self.to_engine: list[Message] = []
-        self.broker = Broker(self._send, self.to_engine.append)
+        self.broker = Broker(self._send, lambda number, message: self.to_engine.append(message), Settings())
+        self.broker.engine_starts(0, 1)
+        if is_ready:
+            self.hear(Message(Kind.READY, body={"info": INFO}))
 
     def _send(self, lane: Lane, receiver: bytes, message: Message) -> Sent:
         if self.outcome is Sent.OK:
@@ -33,30 +43,33 @@ class Wires:
         self.to_client = [(on, message) for on, message in self.to_client if on is not lane]
         return taken
 
+    def hear(self, message: Message) -> None:
+        self.broker.on_engine(0, message)
+
     def greet(self) -> bytes:
         self.broker.on_control(b"c", Message(Kind.HELLO, body={"proto": [1]}))
         return bytes(self.take(Lane.CONTROL)[0].body["session"])
 
-    def submit(self) -> None:
-        body = {"messages": [{"role": "user", "content": "x"}], "session": self.greet()}
-        self.broker.on_data(b"d", Message(Kind.SUBMIT, ID, body))
-        self.take(Lane.DATA)
+    def submit(self, request: bytes = ID, **options: Any) -> None:
+        body = {"messages": [{"role": "user", "content": "x"}], "session": self.greet(), **options}
+        self.broker.on_data(b"d", Message(Kind.SUBMIT, request, body))
 
     def delta(self, text: str, tokens: int = 1) -> None:
-        self.broker.on_engine(Message(Kind.DELTA, ID, {"text": text, "tokens": tokens}))
+        self.hear(Message(Kind.DELTA, ID, {"text": text, "tokens": tokens}))
 
 
 def test_loading_is_shown_and_requests_wait_for_its_end() -> None:
-    wires = Wires()
+    wires = Wires(is_ready=False)
     progress = Message(Kind.PROGRESS, body={"stage": "weights", "done": 1, "total": 2})
-    wires.broker.on_engine(progress)
+    wires.hear(progress)
     wires.broker.on_control(b"c", Message(Kind.HELLO, body={"proto": [1]}))
     welcome, shown = wires.take(Lane.CONTROL)
     assert (welcome.body["state"], shown) == ("loading", progress)
     wires.submit()
+    assert wires.to_engine == []
+    wires.hear(Message(Kind.READY, body={"info": INFO}))
     assert [m.kind for m in wires.to_engine] == [Kind.SUBMIT]
-    wires.broker.on_engine(Message(Kind.READY, body={"info": INFO}))
-    (welcome,) = wires.take(Lane.CONTROL)
+    welcome = wires.take(Lane.CONTROL)[-1]
     assert (welcome.body["state"], welcome.body["info"]) == ("ready", INFO)
 
 
@@ -73,22 +86,31 @@ def test_without_credit_text_is_held_together() -> None:
     assert (held.body["text"], held.body["n"]) == ("x" * 5, CREDIT_WINDOW)
 
 
-def test_a_full_socket_delays_and_a_gone_client_is_forgotten() -> None:
+def test_a_full_socket_delays_and_a_client_that_left_may_come_back() -> None:
     wires = Wires()
     wires.submit()
     wires.outcome = Sent.FULL
     wires.delta("a")
-    wires.delta("b")
-    wires.broker.on_engine(Message(Kind.DONE, ID, {"reason": "stop", "usage": {}}))
+    wires.delta("b", 2)
     wires.outcome = Sent.OK
     wires.broker.tick()
-    delta, done = wires.take(Lane.DATA)
-    assert (delta.body["text"], done.kind) == ("ab", Kind.DONE)
-    wires.submit()
+    (delta,) = wires.take(Lane.DATA)
+    assert (delta.body["n"], delta.body["text"]) == (0, "ab")
     wires.outcome = Sent.GONE
-    wires.delta("a")
-    assert wires.to_engine[-1].kind is Kind.CANCEL
+    wires.delta("c", 3)
+    wires.broker.tick()
+    # There is some grace: nothing is cancelled yet.
+    assert [m.kind for m in wires.to_engine] == [Kind.SUBMIT]
     assert wires.broker.status()["clients"] == 0
+    wires.outcome = Sent.OK
+    wires.broker.on_control(b"c", Message(Kind.PING, ID))
+    assert [m.body["attached"] for m in wires.take(Lane.CONTROL)] == [False]
+    wires.submit(have=1)
+    wires.hear(Message(Kind.DONE, ID, DONE))
+    assert [(m.kind, m.body.get("n"), m.body.get("text")) for m in wires.take(Lane.DATA)] == [
+        (Kind.DELTA, 1, "c"),
+        (Kind.DONE, None, None),
+    ]
 
 
 def test_a_repeated_submit_runs_once_and_ends_once() -> None:
@@ -99,18 +121,82 @@ def test_a_repeated_submit_runs_once_and_ends_once() -> None:
     wires.broker.on_control(b"c", Message(Kind.CANCEL, ID))
     wires.broker.on_control(b"c", Message(Kind.CANCEL, ID))
     wires.delta("late")
-    wires.broker.on_engine(Message(Kind.DONE, ID, {"reason": "stop", "usage": {}}))
+    wires.hear(Message(Kind.DONE, ID, DONE))
+    wires.broker.tick()
     (last,) = wires.take(Lane.DATA)
     assert last.body["code"] == Code.CANCELLED
+
+
+def test_an_engine_without_work_does_not_hang() -> None:
+    wires = Wires()
+    engine = wires.broker.fleet.engines[0]
+    engine.last_heard -= 1000
+    wires.submit()
+    assert wires.broker.hung() == []
+    engine.last_heard -= 1000
+    assert wires.broker.hung() == [0]
+
+
+def test_a_replay_may_overlap_what_has_come() -> None:
+    answer = Answer(Message(Kind.SUBMIT, ID))
+    assert [answer.add(0, "ab"), answer.add(1, "cd"), answer.add(1, "cdef"), answer.add(2, "g")] == [
+        "ab",
+        "cd",
+        "ef",
+        "g",
+    ]
+    assert "".join(answer.texts) == "abcdefg"
+
+
+def test_a_conversation_stays_with_its_engine_unless_that_has_a_queue() -> None:
+    fleet = Fleet()
+    for number in range(2):
+        fleet.engines[number] = EngineState("ready", {"num_slots": 2})
+    first = Submission([{"role": "user", "content": "a"}])
+    assert fleet.choose(first) == 0
+    fleet.remember(first, "b", 1)
+    again = [*first.messages, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert fleet.choose(Submission(again)) == 1
+    assert fleet.choose(Submission(again, adapter="other")) == 0
+    fleet.engines[1].open |= {b"1", b"2"}
+    assert fleet.choose(Submission(again)) == 0
+    fleet.engines[1].open.clear()
+    fleet.forget(1)
+    assert fleet.choose(Submission(again)) == 0
+    fleet.engines[0].state = fleet.engines[1].state = "down"
+    assert fleet.choose(first) is None
+
+
+def test_figures() -> None:
+    assert percentile([], 50) is None
+    assert [percentile(range(1, 101), share) for share in (50, 95)] == [51, 96]
+    figures = Figures()
+    assert 100 <= figures.retry_after_ms(64) <= 30_000
+    figures.token(1, 0.25, is_first=True)
+    figures.token(4, 0.002, is_first=False)
+    figures.ended("stop")
+    status = {
+        **dict.fromkeys(("busy_slots", "num_slots", "waiting", "clients"), 3),
+        "engines": [{"rss_bytes": 7}],
+        **figures.summary(),
+    }
+    assert (status["tokens"], status["tokens_per_second"]) == (5, 0.5)
+    lines = prometheus(status).splitlines()
+    assert {
+        "afinar_waiting 3",
+        'afinar_first_token_ms{quantile="p50"} 250.0',
+        "# TYPE afinar_tokens_total counter",
+    } <= set(lines)
+    assert lines.count("# TYPE afinar_first_token_ms gauge") == 1
 
 
 class Fragile(EchoEngine):
     """Cannot take a prompt of more than 5 tokens."""
 
-    def prefill(self, slot: int, ids: list[int], sampling: Sampling) -> int:
-        if len(ids) > 5:
-            raise RuntimeError("out of memory\nand a long story")
-        return super().prefill(slot, ids, sampling)
+    def prefill(self, slots: list[int]) -> list[Read]:
+        if any(self._read[slot][1] > 5 for slot in slots):
+            raise RuntimeError("out of luck\nand a long story")
+        return super().prefill(slots)
 
 
 def test_what_one_request_does_to_the_engine_ends_only_that_request() -> None:
@@ -121,14 +207,15 @@ def test_what_one_request_does_to_the_engine_ends_only_that_request() -> None:
         body = {"messages": [{"role": "user", "content": text}], **options}
         worker.receive(Message(Kind.SUBMIT, name * 16, body))
 
-    submit(b"a", "abc")
     submit(b"b", "too long for it")
+    worker.turn()
+    submit(b"a", "abc")
     submit(b"c", "abc", max_tokens=1)
     while not worker.is_idle:
         worker.turn()
     endings = {m.request[:1]: m for m in sent if m.kind in (Kind.DONE, Kind.ERROR)}
     assert endings[b"a"].body["reason"] == "stop"
-    assert endings[b"b"].body == {"code": "E_ENGINE", "message": "out of memory", "detail": {}}
+    assert (endings[b"b"].body["code"], endings[b"b"].body["message"]) == ("E_ENGINE", "out of luck")
     assert endings[b"c"].body["reason"] == "length"
     assert sorted(worker.table.occupied) == []
 

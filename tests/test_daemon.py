@@ -50,7 +50,7 @@ def test_a_killed_client_disturbs_nobody_and_leaves_no_slot(box: Box) -> None:
         "async def talk():\n"
         "    client = await connect(Record(**json.loads(sys.argv[1])))\n"
         "    async for piece in client.ask([{'role': 'user', 'content': 'x' * 900}]):\n"
-        "        print(piece.text, flush=True)\n"
+        "        print(getattr(piece, 'text', ''), flush=True)\n"
         "asyncio.run(talk())\n"
     )
     record = (box.runtime / "echo.json").read_text()
@@ -60,7 +60,7 @@ def test_a_killed_client_disturbs_nobody_and_leaves_no_slot(box: Box) -> None:
     with RawClient(box.record()) as other:
         request = other.submit(LONG)
         assert victim.stdout is not None and victim.stdout.readline()
-        assert other.status()["busy_slots"] == 2
+        wait_until(lambda: other.status()["busy_slots"] == 2)
         victim.kill()
         victim.wait()
         victim.stdout.close()
@@ -92,29 +92,6 @@ def test_cancel_ends_with_one_error_and_frees_the_slot(box: Box) -> None:
         assert (last.kind, last.body["code"]) == (Kind.ERROR, "E_CANCELLED")
         wait_until(lambda: is_idle(client), 1.0)
         assert client.is_quiet()
-
-
-def test_a_full_queue_refuses_and_the_rest_is_answered(box: Box) -> None:
-    box.daemon(0.02)
-    with RawClient(box.record()) as client:
-        requests = [client.submit(f"number {i} " + "x" * 40) for i in range(100)]
-        endings: dict[bytes, Message] = {}
-        while len(endings) < len(requests):
-            message = client.receive("data")
-            if message.kind in (Kind.DONE, Kind.ERROR):
-                assert message.request not in endings
-                endings[message.request] = message
-                if message.kind is Kind.ERROR:
-                    assert message.body["code"] == "E_QUEUE_FULL"
-                    assert message.body["detail"]["retry_after_ms"] > 0
-                elif len(endings) > 40:
-                    break
-        refused = [r for r in requests if r in endings and endings[r].kind is Kind.ERROR]
-        assert 28 <= len(refused) <= 36
-        assert set(refused) <= set(requests[64:])
-        for request in set(requests) - endings.keys():
-            client.cancel(request)
-        wait_until(lambda: is_idle(client), 3.0)
 
 
 def test_a_slow_reader_without_credit_loses_nothing(box: Box) -> None:
@@ -177,15 +154,17 @@ def test_max_tokens_and_the_context_end_an_answer(box: Box) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_requests_and_removes_everything(box: Box, number: signal.Signals) -> None:
+def test_a_second_signal_ends_requests_and_removes_everything(box: Box, number: signal.Signals) -> None:
     daemon = box.daemon(0.02)
     (engine,) = children(daemon.pid)
-    assert box.left() == {"echo.json", "echo.data", "echo.control", "echo.engine"}
+    assert box.left() == {"echo.json", "echo.data", "echo.control", "echo.engine0"}
     with RawClient(box.record()) as client:
         request = client.submit("x" * 900)
         client.receive("data")
         # The whole group, as Ctrl-C in a terminal does.
-        os.killpg(daemon.pid, number) if number is signal.SIGINT else daemon.send_signal(number)
+        for _ in range(2):
+            os.killpg(daemon.pid, number) if number is signal.SIGINT else daemon.send_signal(number)
+            wait_until(lambda: client.status()["state"] == "draining")
         _, last = client.collect(request)
         assert last.body["code"] == "E_DRAINING"
         assert client.is_quiet(0.1)
@@ -213,29 +192,21 @@ def test_a_killed_daemon_takes_its_engine_along_and_can_be_replaced(box: Box) ->
     assert box.run("chat", stdin="again").stdout == "again\n"
 
 
-def test_a_dead_engine_is_an_error_for_every_request(box: Box) -> None:
+def test_an_engine_that_dies_again_and_again_ends_the_daemon(box: Box) -> None:
     daemon = box.daemon(0.02)
     with RawClient(box.record()) as client:
-        requests = [client.submit("x" * 900), client.submit("y" * 900)]
-        client.receive("data")
-        os.kill(children(daemon.pid)[0], signal.SIGKILL)
-        codes = {r: m.body["code"] for r, m in _endings(client, len(requests)).items()}
-        assert codes == dict.fromkeys(requests, "E_ENGINE")
+        for _ in range(3):
+            request = client.submit("x" * 900)
+            while client.receive("data").kind is not Kind.DELTA:
+                pass
+            os.kill(children(daemon.pid)[0], signal.SIGKILL)
+            ending = client.collect(request)[1]
+            assert (ending.body["code"], ending.body["retryable"]) == ("E_ENGINE", True)
     assert daemon.wait(5) == 6
     assert daemon.stderr is not None
     (line,) = daemon.stderr.read().splitlines()
     assert line.startswith("error: the engine process died (SIGKILL)")
     assert box.left() == set()
-
-
-def _endings(client: RawClient, count: int) -> dict[bytes, Message]:
-    endings: dict[bytes, Message] = {}
-    while len(endings) < count:
-        message = client.receive("data")
-        if message.kind in (Kind.DONE, Kind.ERROR):
-            assert message.request not in endings
-            endings[message.request] = message
-    return endings
 
 
 def test_the_client_reports_a_cancel(box: Box) -> None:
@@ -264,7 +235,7 @@ def test_a_second_daemon_is_refused_and_names_the_first(box: Box) -> None:
     second = box.run("daemon", "HOLD=echo")
     assert second.returncode == 2
     (line,) = second.stderr.splitlines()
-    assert line.startswith("error: echo is already served") and str(first.pid) in line
+    assert line.startswith("error: runs/echo is already served") and str(first.pid) in line
     assert box.run("chat", stdin="still here").stdout == "still here\n"
 
 

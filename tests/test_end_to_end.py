@@ -11,6 +11,7 @@ from launcher.weights import cache_dir
 from serve.client import Delta, connect
 from tests.running import run_python
 from tests.serve_fixtures import box  # noqa: F401
+from tests.slot_answers import engine
 
 NUM_PROMPTS = 20
 NUM_TOKENS = 32
@@ -20,7 +21,10 @@ NUM_TOKENS = 32
 def run(smollm2, tmp_path_factory):
     """A short run: enough steps that the adapter says other things than the base."""
     folder = tmp_path_factory.mktemp("runs") / "short"
-    done = run_python("-m", "launcher", "train", f"RUN={folder}", "optim.max_steps=8", "batch.size=8", timeout=400)
+    done = run_python(
+        "-m", "launcher", "train", f"RUN={folder}", "optim.max_steps=8", "data.limit=64",
+        "batch.size=8", "eval.examples=4", "eval.answers=2", timeout=500,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -78,16 +82,15 @@ def test_the_client_sends_the_ids_that_were_trained(run, smollm2):
     from transformers import AutoTokenizer
 
     from launcher.chat import render
-    from serve.slot_engine import SlotEngine
 
-    engine = SlotEngine(run, "merged", "bf16", lambda *_: None)
-    stock_tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ours = engine([run], "merged", "bf16")
+    stock_tokenizer, trained_with = (AutoTokenizer.from_pretrained(path) for path in (smollm2, run / "tokenizer"))
     for example in list(cafe.examples("held_out"))[:NUM_PROMPTS]:
         question = example["messages"][:1]
-        served = engine.prompt_ids(question)
+        served = ours.prompt_ids(question)
         written = stock_tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
         assert served == written["input_ids"]
-        assert render(engine.tokenizer, example["messages"]).ids[: len(served)] == served
+        assert render(trained_with, example["messages"]).ids[: len(served)] == served
 
 
 @pytest.mark.slow

@@ -9,9 +9,12 @@ from launcher import cafe, data, methods, models
 from launcher.catalogue import card
 from launcher.config import Adapter, Config, Data
 from launcher.errors import UserError
+from launcher.models import load_tokenizer
 from launcher.report import read_metrics
+from serve.engine import Sampling
 from tests.conftest import CHATML, write_tiny
 from tests.running import run_python
+from tests.slot_answers import answer, engine
 
 # Learning rates for models of two layers; those of configs/peft/ are for real ones.
 LEARN = {"lora": "1e-2", "qlora": "1e-2", "ia3": "1.5e-1", "prefix": "1e-1"}
@@ -71,22 +74,17 @@ def test_it_overfits_and_what_was_saved_is_what_was_trained(runs, family, method
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", LEARN)
 def test_the_engine_answers_what_was_learned_and_stops_by_itself(runs, family, method):
-    from serve.engine import Sampling
-    from serve.slot_engine import SlotEngine
-
     _, run = runs(family, method)
     learned = data.read(Data(limit=2)).train[:NUM_ASKED]
-    with models.quiet():
-        engine = SlotEngine(run, "auto", "fp32", lambda *_: None)
-    answers = [[engine.prefill(slot, engine.prompt_ids(m[:-1]), Sampling())] for slot, m in enumerate(learned)]
-    for _ in range(80):
-        for answer, token in zip(answers, engine.step(list(range(NUM_ASKED))), strict=True):
-            answer.append(token)
-    stops = engine.info.stop_ids
-    assert all(any(token in stops for token in answer) for answer in answers)
+    ours = engine([run])
+    key = ours.info.adapters[0].key
+    tokens, _ = answer(ours, {i: (ours.prompt_ids(m[:-1]), key, Sampling()) for i, m in enumerate(learned)}, 81)
+    answers = [tokens[slot] for slot in sorted(tokens)]
+    stops = ours.info.stop_ids
+    assert all(any(token in stops for token in ids) for ids in answers)
     said = [
-        engine.tokenizer.decode(answer[: next(i for i, token in enumerate(answer) if token in stops)])
-        for answer in answers
+        load_tokenizer(run / "tokenizer").decode(ids[: next(i for i, token in enumerate(ids) if token in stops)])
+        for ids in answers
     ]
     assert [text.strip() for text in said] == [m[-1]["content"] for m in learned]
 
@@ -99,8 +97,6 @@ def test_the_engine_computes_the_logits_of_stock_peft(runs, family, method):
     from peft import PeftModel
 
     from launcher.reload import choose_hold
-    from serve.engine import Sampling
-    from serve.slot_engine import SlotEngine
 
     model, run = runs(family, method)
     with models.quiet():
@@ -108,11 +104,9 @@ def test_the_engine_computes_the_logits_of_stock_peft(runs, family, method):
         stock = PeftModel.from_pretrained(models.load_base(model, "fp32", quant, "cpu"), str(run / "adapter")).eval()
     prompt = None
     for hold in ("adapters", choose_hold("auto", method)):
-        with models.quiet():
-            engine = SlotEngine(run, hold, "fp32", lambda *_: None)
-        prompt = engine.prompt_ids(next(iter(cafe.examples("held_out")))["messages"][:1])
-        tokens = [engine.prefill(1, prompt, Sampling())]
-        tokens += [engine.step([1])[0] for _ in range(8)]
+        ours = engine([run], hold)
+        prompt = ours.prompt_ids(next(iter(cafe.examples("held_out")))["messages"][:1])
+        tokens = answer(ours, {1: (prompt, ours.info.adapters[0].key, Sampling())}, 9)[0][1]
         with torch.no_grad():
             whole = stock(input_ids=torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
         assert whole.argmax(-1).tolist() == tokens
@@ -153,21 +147,18 @@ def template_runs(runs, tmp_path_factory):
 @pytest.mark.parametrize("method", LEARN)
 def test_the_daemon_reads_the_ids_that_training_reads(template_runs, method, template):
     from launcher.chat import render
-    from launcher.models import load_tokenizer
-    from serve.slot_engine import SlotEngine
 
     run = template_runs(method, template)
     base = json.loads((run / "run.json").read_text())["base"]["id"]
     trained_with = load_tokenizer(base)
-    with models.quiet():
-        engine = SlotEngine(run, "auto", "fp32", lambda *_: None)
+    ours = engine([run])
     assert trained_with.chat_template == TEMPLATES[template]
     num_compared = 0
     for talk in conversations():
         trained = render(trained_with, talk)
         for turn, message in enumerate(talk):
             if message["role"] == "assistant":
-                served = engine.prompt_ids(talk[:turn])
+                served = ours.prompt_ids(talk[:turn])
                 assert trained.ids[: len(served)] == served
                 assert trained.trained[len(served)]
                 assert not trained.trained[len(served) - 1]

@@ -22,11 +22,13 @@ BODIES: dict[Kind, dict[str, Any]] = {
     Kind.PROGRESS: {"stage": "weights", "done": 1, "total": 2},
     Kind.READY: {"info": {}},
     Kind.SUBMIT: {"messages": [{"role": "user", "content": "¿qué?"}], "newer": "ignored"},
-    Kind.ACCEPTED: {"position": 0},
+    Kind.ACCEPTED: {"position": 0, "prompt_tokens": 3, "adapter": "base", "max_tokens": 9},
     Kind.DELTA: {"n": 0, "text": "ñ", "tokens": 1},
-    Kind.DONE: {"reason": "stop", "usage": {}},
-    Kind.ERROR: {"code": "E_ENGINE", "message": "m", "detail": {}},
+    Kind.DONE: {"reason": "stop", "usage": {}, "timings": {}},
+    Kind.ERROR: {"code": "E_ENGINE", "message": "m", "detail": {}, "retryable": True},
     Kind.CREDIT: {"count": 3},
+    Kind.LOAD: {"run": "runs/x"},
+    Kind.UNLOAD: {"adapter": "x"},
 }
 
 
@@ -69,17 +71,19 @@ def test_anything_else_is_refused(frames: list[bytes], code: Code) -> None:
 
 def test_an_error_carries_its_counts() -> None:
     message = decode(encode(error(ID, Code.CONTEXT, "too long", have=9, need=10, max=8)))
-    assert message.body == {"code": "E_CONTEXT", "message": "too long", "detail": {"have": 9, "need": 10, "max": 8}}
+    detail = {"have": 9, "need": 10, "max": 8}
+    assert message.body == {"code": "E_CONTEXT", "message": "too long", "detail": detail, "retryable": False}
+    assert error(ID, Code.QUEUE_FULL, "later").body["retryable"]
 
 
 def test_a_submission_survives_the_wire() -> None:
-    asked = Submission([{"role": "user", "content": "hi"}], Sampling(0.7, 40, 0.9, 7), 12)
+    asked = Submission([{"role": "user", "content": "hi"}], Sampling(0.7, 40, 0.9, seed=7), 12, ("\n",), "x", 9)
     assert submission.parse(decode(encode(Message(Kind.SUBMIT, ID, asked.to_body()))).body, ID) == asked
 
 
 def test_greedy_is_the_default() -> None:
     asked = submission.parse({"messages": [{"role": "user", "content": ""}]}, ID)
-    assert asked.sampling == Sampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    assert asked.sampling == Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=None)
     assert asked.max_tokens is None
 
 
@@ -90,6 +94,11 @@ def test_greedy_is_the_default() -> None:
         *[("top_p", value) for value in (0, -0.1, 1.1, float("nan"), "1")],
         *[("top_k", value) for value in (-1, 1.5, 2**40, True)],
         *[("seed", value) for value in (-1, 2**63, 0.5)],
+        *[("min_p", value) for value in (-0.1, 1.1, float("nan"), True)],
+        *[("repetition_penalty", value) for value in (0, -1, float("inf"), "1")],
+        *[("stop", value) for value in ("x", [""], ["x" * 257], ["x"] * 17, [3])],
+        *[("deadline_ms", value) for value in (0, -1, 1.5, 2**40)],
+        *[("adapter", value) for value in (3, b"x", ["x"])],
         *[("max_tokens", value) for value in (0, -5, 1.5, True, "9")],
         *[("messages", value) for value in ([], ["hi"], [{"role": "user"}], [{"role": "root", "content": "x"}])],
         *[("messages", [{"role": "user", "content": value}]) for value in (None, 3, b"x", ["x"])],

@@ -2,22 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve import arguments, commands
 from serve.arguments import Arguments
-from serve.engine import EchoEngine, EngineInfo, Sampling, Utf8Detokenizer
+from serve.echo import EchoEngine, Utf8Detokenizer
+from serve.engine import BASE, AdapterInfo, Sampling
 from serve.errors import UserError
 from serve.printable import printable
 from serve.sessions import Conversation
 from serve.slots import Request, SlotTable, answer_limit
+from serve.submission import Submission
 
-INFO = EngineInfo("m", None, "echo", "none", context=16, num_slots=2, stop_ids=(256,))
+STOPS = (256,)
+ADAPTER = AdapterInfo(BASE, "", "none", context=16)
 
 
-def request(name: bytes, limit: int = 100) -> Request:
-    return Request(name, [1, 2], Sampling(), limit, Utf8Detokenizer())
+def request(name: bytes, limit: int = 10, client: int = 1, **options: Any) -> Request:
+    asked = Submission([{"role": "user", "content": "x"}], max_tokens=limit, **options)
+    return Request(name, client, [1, 2], asked, ADAPTER, Utf8Detokenizer())
 
 
 def test_turns_alternate_whatever_happens() -> None:
@@ -64,29 +69,47 @@ def test_slots_are_first_come_first_served() -> None:
     assert table.find(b"b") == second[0] and table.find(b"a") is None
 
 
+def test_clients_take_turns() -> None:
+    table = SlotTable(2)
+    for name, client in ((b"a", 1), (b"b", 1), (b"c", 1), (b"d", 2)):
+        table.add(request(name, client=client))
+    admitted = [table.admit(), table.admit()]
+    assert [entry[1].id for entry in admitted if entry] == [b"a", b"d"]
+    assert table.uses(BASE) and not table.uses("other")
+    table.release(0 if admitted[0] and admitted[0][0] == 0 else 1)
+    again = table.admit()
+    assert again and again[1].id == b"b"
+
+
 def test_an_answer_ends_at_a_stop_token_and_at_its_limit() -> None:
     asked = request(b"a", limit=2)
-    assert asked.take(65, INFO) == ("A", None)
-    assert asked.take(66, INFO) == ("B", "length")
+    assert asked.take(65, STOPS) == ("A", None)
+    assert asked.take(66, STOPS) == ("B", "length")
     asked = request(b"a", limit=2)
-    assert asked.take(256, INFO) == ("", "stop")
+    assert asked.take(256, STOPS) == ("", "stop")
     assert asked.generated == 0
+    asked = request(b"a", stop=("bc",))
+    assert [asked.take(byte, STOPS) for byte in b"abc"] == [("a", None), ("", None), ("", "stop")]
+    assert asked.stop == "bc"
     assert (answer_limit(10, None, 16), answer_limit(10, 3, 16), answer_limit(10, 30, 16)) == (6, 3, 6)
 
 
 def test_a_character_is_never_split() -> None:
     asked = request(b"a")
-    pieces = [asked.take(byte, INFO)[0] for byte in "ñ🦊".encode()]
+    pieces = [asked.take(byte, STOPS)[0] for byte in "ñ🦊".encode()]
     assert pieces == ["", "ñ", "", "", "", "🦊"]
     cut = request(b"a")
-    cut.take("ñ".encode()[0], INFO)
-    assert cut.take(256, INFO) == ("\ufffd", "stop")
+    cut.take("ñ".encode()[0], STOPS)
+    assert cut.take(256, STOPS) == ("\ufffd", "stop")
 
 
 def test_the_echo_engine_echoes() -> None:
     engine = EchoEngine()
     ids = engine.prompt_ids([{"role": "system", "content": "s"}, {"role": "user", "content": "ab"}])
-    assert [engine.prefill(3, ids, Sampling()), *engine.step([3]), *engine.step([3])] == [97, 98, engine.STOP]
+    assert engine.start(3, ids, Sampling(), BASE) == 0
+    (read,) = engine.prefill([3])
+    assert (read.done, read.total, read.token) == (len(ids), len(ids), 97)
+    assert [engine.step(), engine.step()] == [{3: 98}, {3: engine.STOP}]
     engine.free(3)
     with pytest.raises(ValueError, match="last turn"):
         engine.prompt_ids([{"role": "assistant", "content": "x"}])
@@ -106,7 +129,7 @@ def test_a_bare_name_means_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "x", "finished")
     write_run(tmp_path / "elsewhere", "finished")
-    assert arguments.parse("daemon", ["RUN=x", "HOLD="]) == Arguments("runs/x")
+    assert arguments.parse("daemon", ["RUN=x", "HOLD="]) == Arguments("runs/x", ("runs/x",))
     assert arguments.locate("runs/x/") == "runs/x"
     assert arguments.locate("elsewhere") == "elsewhere"
     assert arguments.locate("nothing") == "runs/nothing"

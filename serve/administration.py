@@ -1,0 +1,161 @@
+"""What a client asks besides answers: tokens of a conversation, adapters, and for who may, loading and leaving.
+
+These questions go to the engines and their replies come back to who asked; an adapter is loaded everywhere or nowhere.
+"""
+
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.engine import AdapterError, AdapterInfo, resolve
+from serve.fleet import Fleet
+from serve.open_requests import Lane, Sent
+from serve.protocol import ADMIN, NO_REQUEST, Code, Kind, Message, error
+
+# A question whose asker or engine is gone is dropped after so long.
+PATIENCE_SECONDS = 300.0
+MAX_QUESTIONS = 256
+
+
+@dataclass
+class Question:
+    """Who asked what, and which engines have not replied. Engines know it by an id that the daemon drew."""
+
+    asker: bytes
+    message: Message
+    engines: set[int]
+    done: list[int] = field(default_factory=list)
+    fault: Message | None = None
+    reply: Message | None = None
+    asked: float = field(default_factory=time.monotonic)
+
+
+class Administration:
+    """See the module; `admin` is the token that LOAD, UNLOAD, DRAIN and SHUTDOWN must carry."""
+
+    def __init__(
+        self,
+        send: Callable[[Lane, bytes, Message], Sent],
+        forward: Callable[[int, Message], None],
+        fleet: Fleet,
+        admin: str,
+        status: Callable[[], dict[str, Any]],
+        on_leave: Callable[[bool], None],
+        log: Callable[..., None],
+    ) -> None:
+        self._send, self._forward, self._fleet, self._admin = send, forward, fleet, admin
+        self._status, self._on_leave, self._log = status, on_leave, log
+        self._questions: dict[bytes, Question] = {}
+        # Runs that were loaded since the start, for engines that start again.
+        self.runs: dict[str, str] = {}
+
+    def on_control(self, sender: bytes, message: Message) -> bool:
+        """Take a message of a client; False if it is none of these."""
+        if message.kind in ADMIN and not self._may(message):
+            text = "only who started the daemon may do that; try it as that user, on that machine"
+            self._send(Lane.CONTROL, sender, error(message.request, Code.AUTH, text))
+        elif message.kind in (Kind.DRAIN, Kind.SHUTDOWN):
+            self._send(Lane.CONTROL, sender, Message(Kind.STATUS, message.request, self._status()))
+            self._on_leave(message.kind is Kind.SHUTDOWN)
+        elif message.kind is Kind.ADAPTERS:
+            self._send(Lane.CONTROL, sender, Message(Kind.ADAPTERS, message.request, self._adapters()))
+        elif message.kind in (Kind.TOKENIZE, Kind.LOAD, Kind.UNLOAD):
+            self._ask(sender, message)
+        else:
+            return False
+        return True
+
+    def _may(self, message: Message) -> bool:
+        token = message.body.get("admin")
+        return (
+            bool(self._admin) and isinstance(token, str) and hmac.compare_digest(token.encode(), self._admin.encode())
+        )
+
+    def _adapters(self) -> dict[str, Any]:
+        infos = [engine.info for engine in self._fleet.ready.values()]
+        adapters = [AdapterInfo(**fields) for fields in (infos[0]["adapters"] if infos else ())]
+        return {"adapters": [{**vars(adapter), "key": adapter.key} for adapter in adapters]}
+
+    def _ask(self, sender: bytes, message: Message) -> None:
+        ready = set(self._fleet.ready)
+        now = time.monotonic()
+        self._questions = {i: q for i, q in self._questions.items() if now - q.asked < PATIENCE_SECONDS}
+        refusal = None
+        if not ready:
+            refusal = error(message.request, Code.LOADING, "no engine is ready yet; try again in a moment")
+        elif len(self._questions) >= MAX_QUESTIONS:
+            refusal = error(message.request, Code.QUEUE_FULL, "too many questions at once; try again in a moment")
+        if refusal is not None:
+            self._send(Lane.CONTROL, sender, refusal)
+            return
+        asked = {min(ready)} if message.kind is Kind.TOKENIZE else ready
+        # Not by the id that the asker chose: it may be that of a request of somebody else's.
+        inner = secrets.token_bytes(len(NO_REQUEST))
+        self._questions[inner] = Question(sender, message, set(asked))
+        body = {name: value for name, value in message.body.items() if name != "admin"}
+        for number in asked:
+            self._forward(number, Message(message.kind, inner, body))
+
+    def on_engine(self, number: int, message: Message) -> bool:
+        """Take an engine's reply, or its news of adapters; False if it is about a request."""
+        if message.kind is Kind.ADAPTERS:
+            self._fleet.engines[number].info = message.body["info"]
+        question = self._questions.get(message.request)
+        if question is None or number not in question.engines:
+            return message.kind in (Kind.ADAPTERS, Kind.TOKENIZE)
+        question.engines.discard(number)
+        if message.kind is Kind.ERROR:
+            question.fault = question.fault or message
+        else:
+            question.done.append(number)
+            question.reply = message
+        if not question.engines:
+            self._answer(self._questions.pop(message.request))
+        return True
+
+    def engine_ready(self, number: int) -> None:
+        """An engine that started again learns what the others have loaded meanwhile."""
+        for run in self.runs.values():
+            self._forward(number, Message(Kind.LOAD, NO_REQUEST, {"run": run}))
+
+    def engine_died(self, number: int, why: str) -> None:
+        """It will not reply any more."""
+        for inner in [i for i, question in self._questions.items() if number in question.engines]:
+            self.on_engine(number, error(inner, Code.ENGINE, f"{why}; try again"))
+
+    def _answer(self, question: Question) -> None:
+        kind, request = question.message.kind, question.message.request
+        if question.fault is not None:
+            if kind is Kind.LOAD and question.reply is not None:
+                for number in question.done:
+                    key = question.reply.body["loaded"]
+                    self._forward(number, Message(Kind.UNLOAD, NO_REQUEST, {"adapter": key}))
+            self._send(Lane.CONTROL, question.asker, Message(Kind.ERROR, request, question.fault.body))
+            return
+        assert question.reply is not None
+        body = question.reply.body
+        if kind is Kind.TOKENIZE:
+            self._send(Lane.CONTROL, question.asker, Message(kind, request, body))
+            return
+        what = "loaded" if kind is Kind.LOAD else "unloaded"
+        name = body[what].partition("@")[0]
+        if kind is Kind.LOAD:
+            run = self.runs[name] = question.message.body["run"]
+            for number in self._fleet.ready.keys() - set(question.done):
+                # It became ready in the meantime.
+                self._forward(number, Message(Kind.LOAD, NO_REQUEST, {"run": run}))
+        elif not self._still_has(name):
+            self.runs.pop(name, None)
+        self._log(f"adapter {what}", adapter=body[what])
+        reply = Message(Kind.ADAPTERS, request, {**self._adapters(), what: body[what]})
+        self._send(Lane.CONTROL, question.asker, reply)
+
+    def _still_has(self, name: str) -> bool:
+        adapters = tuple(AdapterInfo(**fields) for e in self._fleet.ready.values() for fields in e.info["adapters"])
+        try:
+            return bool(resolve(adapters, name))
+        except AdapterError:
+            return False

@@ -1,0 +1,99 @@
+"""The keys and values of every row, allocated once, behind the cache interface of transformers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):
+    """Of each layer keys and values, [rows, heads, length + 1, head_dim]. A forward pass writes into bound rows.
+
+    The last position is for padding: it is written and never read.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self, config: Any, num_rows: int, length: int, dtype: torch.dtype, devices: Sequence[torch.device]
+    ) -> None:
+        heads, head_dim = heads_of(config)
+        self.length = length
+        shape = (num_rows, heads, length + 1, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.layers: list[Any] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values together."""
+        return 2 * sum(keys.nbytes for keys in self.keys)
+
+    def bind(self, rows: slice | torch.Tensor, positions: torch.Tensor, reads: int) -> None:
+        """Where the next forward pass writes: `positions` int64 [B, L] of `rows`; it reads the first `reads` back.
+
+        `rows` as a slice is read without copying; as int64 [B] the rows need not be neighbours.
+        """
+        self._rows, self._positions, self._reads = rows, positions, reads
+        self._index = torch.arange(len(positions), device=positions.device) if isinstance(rows, slice) else rows
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [B, heads, L, head_dim] and return what the rows hold: [B, heads, reads, head_dim]."""
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if isinstance(self._rows, slice):
+            keys, values = keys[self._rows], values[self._rows]
+        # Layers may live on several devices; on one this moves nothing.
+        index, positions = self._index.to(keys.device), self._positions.to(keys.device)
+        keys[index[:, None], :, positions] = key_states.transpose(1, 2).to(keys.dtype)
+        values[index[:, None], :, positions] = value_states.transpose(1, 2).to(values.dtype)
+        if isinstance(self._rows, slice):
+            return keys[:, :, : self._reads], values[:, :, : self._reads]
+        return keys[index, :, : self._reads], values[index, :, : self._reads]
+
+    def seed(self, row: int, prefix: torch.Tensor) -> None:
+        """Begin a row with the keys and values of a trained prefix, [layers, 2, heads, tokens, head_dim]."""
+        length = prefix.shape[3]
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            keys[row, :, :length] = prefix[layer, 0]
+            values[row, :, :length] = prefix[layer, 1]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `rows.Mover.copy`."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def swap(self, one: int, other: int, lengths: tuple[int, int]) -> None:
+        """See `rows.Mover.swap`; what is not in use is not moved."""
+        first, second = lengths
+        for tensor in (*self.keys, *self.values):
+            kept = tensor[one, :, :first].clone()
+            tensor[one, :, :second] = tensor[other, :, :second]
+            tensor[other, :, :first] = kept
+
+    def wipe(self, row: int) -> None:
+        """Clear a row whose numbers went wrong: hidden positions count for nothing, but nothing times NaN is NaN."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row] = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: positions are given explicitly."""
+        return 0
+
+    def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
+        """(length of keys, offset) for the mask, which is given explicitly too."""
+        return self._reads, 0
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """(heads of keys and values, their dimension) of a model configuration."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def row_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one row takes: 2 x layers x heads x (length + 1) x head_dim x bytes a number."""
+    heads, head_dim = heads_of(config)
+    return 2 * config.num_hidden_layers * heads * (length + 1) * head_dim * dtype.itemsize

@@ -1,0 +1,75 @@
+"""Which engine answers a request. Pure."""
+
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve.submission import Submission
+
+MAX_CONVERSATIONS = 4096
+
+
+@dataclass
+class EngineState:
+    """One engine process as the daemon sees it. `open` are the requests it has, `state` loading, ready or down."""
+
+    state: str = "loading"
+    info: dict[str, Any] = field(default_factory=dict)
+    pid: int = 0
+    open: set[bytes] = field(default_factory=set)
+    in_slots: set[bytes] = field(default_factory=set)
+    last_heard: float = field(default_factory=time.monotonic)
+
+
+class Fleet:
+    """Prefers the engine that answered the earlier turns: it has read them already."""
+
+    def __init__(self) -> None:
+        self.engines: dict[int, EngineState] = {}
+        self._homes: OrderedDict[str, int] = OrderedDict()
+
+    @property
+    def ready(self) -> dict[int, EngineState]:
+        """The engines that can answer."""
+        return {number: engine for number, engine in self.engines.items() if engine.state == "ready"}
+
+    def choose(self, asked: Submission) -> int | None:
+        """The engine for a request: its conversation's, unless another one has slots and this one has a queue."""
+        ready = self.ready
+        if not ready:
+            return None
+        least = min(ready, key=lambda number: (len(ready[number].open), number))
+        home = self._home(asked)
+        if home not in ready:
+            return least
+        num_slots = ready[home].info["num_slots"]
+        is_busy = len(ready[home].open) >= num_slots and len(ready[least].open) < ready[least].info["num_slots"]
+        return least if is_busy else home
+
+    def remember(self, asked: Submission, answer: str, engine: int) -> None:
+        """This engine has read the conversation up to and with this answer."""
+        key = _digest(asked.adapter, [*asked.messages, {"role": "assistant", "content": answer}])
+        self._homes[key] = engine
+        self._homes.move_to_end(key)
+        if len(self._homes) > MAX_CONVERSATIONS:
+            self._homes.popitem(last=False)
+
+    def forget(self, engine: int) -> None:
+        """It was started again and has read nothing."""
+        for key in [key for key, home in self._homes.items() if home == engine]:
+            del self._homes[key]
+
+    def _home(self, asked: Submission) -> int | None:
+        for end in range(len(asked.messages) - 1, 0, -1):
+            if asked.messages[end - 1]["role"] == "assistant":
+                home = self._homes.get(_digest(asked.adapter, asked.messages[:end]))
+                if home is not None:
+                    return home
+        return None
+
+
+def _digest(adapter: str | None, messages: list[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([adapter, messages]).encode()).hexdigest()

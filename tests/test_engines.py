@@ -1,0 +1,103 @@
+"""Engine processes that die, hang and share the work."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from serve.engines import engine_environment
+from serve.protocol import Kind
+from tests.serve_fixtures import Box, RawClient, box, children, text_of, wait_until
+
+__all__ = ["box"]
+
+
+def write_adapter(box: Box, name: str, prefix: str) -> str:
+    folder = box.work / name
+    folder.mkdir(exist_ok=True)
+    (folder / "prefix").write_text(prefix)
+    return str(folder)
+
+
+def load(client: RawClient, box: Box, run: str) -> str:
+    return str(client.ask(Kind.LOAD, run=run, admin=box.record().admin).body["loaded"])
+
+
+def test_a_dead_engine_is_replaced_and_what_had_not_begun_goes_on(box: Box) -> None:
+    daemon = box.daemon(0.01, "serve.slots=1")
+    (engine,) = children(daemon.pid)
+    with RawClient(box.record()) as client:
+        load(client, box, write_adapter(box, "one", "1:"))
+        running = client.submit("x" * 900)
+        while client.receive("data").kind is not Kind.DELTA:
+            pass
+        waiting = client.submit("later", adapter="one")
+        wait_until(lambda: client.status()["waiting"] == 1)
+        os.kill(engine, signal.SIGKILL)
+        _, last = client.collect(running)
+        assert (last.body["code"], last.body["retryable"]) == ("E_ENGINE", True)
+        assert last.body["detail"]["tokens"] > 0
+        deltas, last = client.collect(waiting)
+        assert (text_of(deltas), last.kind) == ("1:later", Kind.DONE)
+        status = client.status()
+        assert status["engines"][0]["pid"] == children(daemon.pid)[0] != engine
+        assert status["requests"] == {"E_ENGINE": 1, "stop": 1}
+    assert [e["event"] for e in box.events()].count("engine died") == 1
+
+
+def test_an_engine_that_hangs_is_killed(box: Box) -> None:
+    # Every step takes longer than an engine may be silent.
+    box.daemon(4.0, "serve.hung_s=1")
+    with RawClient(box.record()) as client:
+        request = client.submit("x")
+        codes = []
+        while not codes:
+            client.status()
+            if client.sockets["data"].poll(500):
+                message = client.receive("data")
+                codes += [message.body["code"]] if message.kind is Kind.ERROR else []
+                assert message.request == request
+        assert codes == ["E_ENGINE"]
+    # Nothing had been said, so it was tried once more.
+    assert [e["event"] for e in box.events()].count("engine hung") == 2
+
+
+def test_two_engines_share_the_work_and_keep_their_conversations(box: Box) -> None:
+    daemon = box.daemon(0.01, "NGPU=2")
+    wait_until(lambda: len(children(daemon.pid)) == 2)
+
+    def busy() -> list[int]:
+        return [engine["busy_slots"] for engine in client.status()["engines"]]
+
+    with RawClient(box.record()) as client:
+        wait_until(lambda: [e["state"] for e in client.status()["engines"]] == ["ready", "ready"])
+        assert client.status()["num_slots"] == 16
+        long = client.submit("x" * 900)
+        wait_until(lambda: busy() == [1, 0])
+        # The other engine has less to do, and from then on it has read this conversation.
+        assert client.collect(client.submit("hola"))[1].kind is Kind.DONE
+        client.cancel(long)
+        wait_until(lambda: busy() == [0, 0])
+        turns = [("user", "hola"), ("assistant", "hola"), ("user", "y" * 900)]
+        again = client.submit("", messages=[{"role": role, "content": text} for role, text in turns])
+        wait_until(lambda: busy() == [0, 1])
+        key = load(client, box, write_adapter(box, "both", "2:"))
+        # Loaded everywhere: the engine with less to do has it, and so has the other one.
+        assert text_of(client.collect(client.submit("z", adapter=key))[0]) == "2:z"
+        client.cancel(again)
+        wait_until(lambda: busy() == [0, 0])
+        long = client.submit("x" * 900)
+        wait_until(lambda: busy() == [1, 0])
+        assert text_of(client.collect(client.submit("z", adapter=key))[0]) == "2:z"
+
+
+def test_several_engines_without_gpus_share_the_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cores = len(os.sched_getaffinity(0))
+    assert engine_environment(2)["OMP_NUM_THREADS"] == str(max(cores // 2, 1))
+    assert "OMP_NUM_THREADS" not in engine_environment(1)
+    tool = tmp_path / "nvidia-smi"
+    tool.touch(mode=0o755)
+    assert "OMP_NUM_THREADS" not in engine_environment(2)
