@@ -1,0 +1,329 @@
+"""How fast a run is served on this machine, beside other ways to answer the same questions with the same model.
+
+    python -m bench.serve RUN=runs/x [HOLD=adapters] [DTYPE=auto] [serve.name=value …]       through the daemon, sockets and clients
+    python -m bench.serve SHAPE=llama-7b [DTYPE=bf16|nf4] [serve.name=value …]               random weights, the engine alone
+    options: [STREAMS=1,4,16,64] [TOKENS=64] [ROUNDS=3] [WITH=generate,continuous] [GGUF=model.gguf] [OUT=serve.json]
+
+All take turns in one run with the same prompts; medians over the rounds are told. An answer ends at TOKENS, or at the model's stop
+token; tokens that were produced are counted, the stop token not among them. The limit of the bandwidth is what copying a large
+tensor reaches in the same run, divided by the bytes of the weights that one token reads.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.serving import Served, chosen, pieces, quantile, served, table
+from bench.streams import questions
+from serve.client import Delta, connect
+from serve.engine import BASE, Engine, Sampling
+from serve.errors import UserError
+from serve.settings import PREFIX
+from serve.settings import parse as parse_settings
+from serve.slots import num_read_together
+
+# Threads wait as they do in an engine process of the daemon's; read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-7b": ("llama", {"max_position_embeddings": 4096}),
+    "gpt-2": ("gpt2", {}),
+    "smollm2-135m": (
+        "llama",
+        {
+            "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+            "vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 2048,
+        },
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Bench:
+    """What is compared: ways to answer by name, `ours` first, each (prompts, tokens) -> `rivals.Result`."""
+
+    model: Any
+    what: str
+    num_slots: int
+    prompts: list[list[int]]
+    ours: str
+    ways: dict[str, Any] = field(default_factory=dict)
+
+
+# Ours: through the daemon.
+
+
+def through_daemon(daemon: Served, adapter: str | None) -> Any:
+    """As many clients as prompts, each with its own sockets; the question of a prompt has the same number."""
+    from bench.rivals import Result
+
+    async def client_of(submission: Any, begun: list[float]) -> list[float]:
+        with await connect(daemon.record) as client:
+            begun.append(time.perf_counter())
+            found = pieces(client, submission)
+            return [time.perf_counter() async for piece in found if isinstance(piece, Delta) and piece.ids]
+
+    async def all_clients(number: int, num_tokens: int) -> Any:
+        begun: list[float] = []
+        asked = questions_for(number, num_tokens, adapter=adapter)
+        found = await asyncio.gather(*(client_of(submission, begun) for submission in asked))
+        start = min(begun)
+        stamps = [[moment - start for moment in moments] for moments in found]
+        return Result(max(s[-1] for s in stamps), stamps)
+
+    return lambda prompts, num_tokens: asyncio.run(all_clients(len(prompts), num_tokens))
+
+
+def questions_for(number: int, num_tokens: int, **more: Any) -> list[Any]:
+    """Greedy, and with the ids, so that every token is a message."""
+    return [dataclasses.replace(s, sampling=Sampling(), wants_ids=True) for s in questions(number, num_tokens, **more)]
+
+
+# Ours: the engine alone.
+
+
+def alone(engine: Engine) -> Any:
+    """The turns of an engine process, without sockets and text."""
+    from bench.rivals import Result
+
+    def run(prompts: Any, num_tokens: int) -> Any:
+        begun = time.perf_counter()
+        stamps: list[list[float]] = [[] for _ in prompts]
+        waiting, reading, answering = list(range(len(prompts))), {}, {}
+        free = list(range(engine.info.num_slots))
+
+        def take(slot: int, number: int, token: int) -> None:
+            if token in engine.info.stop_ids:
+                left = 0
+            else:
+                stamps[number].append(time.perf_counter() - begun)
+                left = num_tokens - len(stamps[number])
+            if left == 0:
+                answering.pop(slot, None)
+                engine.free(slot)
+                free.append(slot)
+            else:
+                answering[slot] = number
+
+        while waiting or reading or answering:
+            while waiting and free:
+                slot, number = free.pop(), waiting.pop(0)
+                reused = engine.start(slot, list(prompts[number]), Sampling(), engine.info.adapters[0].key)
+                reading[slot] = (number, len(prompts[number]) - reused)
+            if reading:
+                slots = list(reading)[: num_read_together([left for _, left in reading.values()], engine.info.chunk)]
+                for read in engine.prefill(slots):
+                    number = reading[read.slot][0]
+                    reading[read.slot] = (number, read.total - read.done)
+                    if read.token is not None:
+                        del reading[read.slot]
+                        take(read.slot, number, read.token)
+                        continue
+            if answering:
+                for slot, token in engine.step().items():
+                    take(slot, answering[slot], token)
+        return Result(time.perf_counter() - begun, stamps)
+
+    return run
+
+
+# What is set up.
+
+
+@contextlib.contextmanager
+def with_run(own: dict[str, str], words: list[str], most: int) -> Iterator[Bench]:
+    """A daemon that serves a run, and the same model again in this process for the rivals."""
+    from serve.held import hold_runs
+
+    given = dict(word.split("=", 1) for word in words)
+    hold = given.setdefault("HOLD", "adapters")
+    held = hold_runs([Path(given["RUN"])], hold, given.get("DTYPE", "auto"), 0.4, lambda *_: None)
+    words = [f"{name}={value}" for name, value in given.items()]
+    if held.model.device.type == "cuda" and f"{PREFIX}memory" not in given:
+        words.append(f"{PREFIX}memory=0.5")
+    with served(*words) as daemon:
+        info = asyncio.run(_info(daemon))
+        adapter = BASE if any(a["name"] == BASE for a in info["adapters"]) else None
+        prompts = [held.prompt_ids(s.messages) for s in questions_for(most, int(own["TOKENS"]))]
+        what = f"{given['RUN']} ({info['model']}, {info['hold']}, {info['dtype']}, adapter {adapter or info['adapters'][0]['name']})"
+        bench = Bench(held.model, what, info["num_slots"], prompts, "daemon and clients")
+        bench.ways[bench.ours] = through_daemon(daemon, adapter)
+        add_rivals(bench, own, held.stop_ids)
+        yield bench
+
+
+async def _info(daemon: Served) -> dict[str, Any]:
+    with await connect(daemon.record) as client:
+        return client.info
+
+
+@contextlib.contextmanager
+def with_shape(own: dict[str, str], words: list[str], most: int) -> Iterator[Bench]:
+    """A model of this shape with random weights, made where it runs; nobody can talk to it, so there is no daemon."""
+    import torch
+
+    from serve.held import Held
+    from serve.slot_engine import SlotEngine
+
+    given = dict(word.split("=", 1) for word in words)
+    dtype = given.pop("DTYPE", "bf16")
+    settings = parse_settings([word for word in words if word.startswith(PREFIX)])
+    model = random_model(own["SHAPE"], dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    held = Held(model, None, own["SHAPE"], "merged", "fp32" if dtype == "fp32" else "bf16")
+    engine = SlotEngine(held, settings)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, model.config.vocab_size, (64,), generator=draw).tolist() for _ in range(most)]
+    bench = Bench(model, f"{own['SHAPE']} ({dtype}, random weights)", engine.info.num_slots, prompts, "engine alone")
+    bench.ways[bench.ours] = alone(engine)
+    add_rivals(bench, own, ())
+    yield bench
+    print(f"CUDA graphs: {engine.info.graphs}")
+
+
+def random_model(shape: str, dtype: str, device: Any) -> Any:
+    """A model of one of `SHAPES` with random weights; nf4 through bitsandbytes, all linear layers but the head."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if shape not in SHAPES:
+        raise UserError(f"SHAPE={shape}: unknown; choose from: {', '.join(SHAPES)}")
+    family, sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **sizes), dtype=torch.float32 if dtype == "fp32" else torch.bfloat16
+        ).eval()
+    if dtype == "nf4":
+        import bitsandbytes
+
+        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+        for name, linear in linears:
+            parent, _, child = name.rpartition(".")
+            small = bitsandbytes.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=torch.bfloat16, quant_type="nf4",
+                device="meta",
+            )  # fmt: skip
+            small.weight = bitsandbytes.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            small.bias = linear.bias
+            setattr(model.get_submodule(parent), child, small.to(device))
+    return model
+
+
+def add_rivals(bench: Bench, own: dict[str, str], stop_ids: Any) -> None:
+    """Those that were asked for and are there; a line for each that is not."""
+    from bench import rivals
+
+    makers = {"generate": rivals.generate, "continuous": rivals.continuous}
+    for name in filter(None, own["WITH"].split(",")):
+        if name not in makers:
+            raise UserError(f"WITH={name}: unknown; choose from: {', '.join(makers)}")
+        bench.ways[name] = makers[name](bench.model, stop_ids)
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama.cpp is left out: llama-cpp-python is not installed")
+    elif not own["GGUF"]:
+        print("llama.cpp is left out: it reads its own format; try GGUF=model.gguf")
+    else:
+        bench.ways["llama.cpp"] = rivals.llama_cpp(own["GGUF"])
+
+
+# Measuring.
+
+
+def measure(bench: Bench, streams: list[int], rounds: int, num_tokens: int) -> dict[str, dict[int, list[Any]]]:
+    """Results of every way by number of streams; all ways take turns in every round. The first round is left out."""
+    found: dict[str, dict[int, list[Any]]] = {name: {n: [] for n in streams} for name in bench.ways}
+    for number in streams:
+        for round_number, (name, way) in itertools.product(range(rounds + 1), list(bench.ways.items())):
+            result = way(bench.prompts[:number], num_tokens)
+            if round_number:
+                found[name][number].append(result)
+                print(f"{number} streams, round {round_number}: {name} {result.rate:.1f} tokens/s", file=sys.stderr)
+    return found
+
+
+def figures(results: list[Any]) -> dict[str, float]:
+    """Medians over the rounds of one way with one number of streams; times in milliseconds."""
+
+    def median(of: Any) -> float:
+        return round(statistics.median(of(r) for r in results), 2)
+
+    return {
+        "tokens_per_second": median(lambda r: r.rate),
+        "first_token_p50_ms": median(lambda r: 1e3 * quantile(r.firsts, 0.5)),
+        "first_token_max_ms": median(lambda r: 1e3 * max(r.firsts)),
+        "inter_token_p50_ms": median(lambda r: 1e3 * quantile(r.gaps, 0.5)),
+        "inter_token_p99_ms": median(lambda r: 1e3 * quantile(r.gaps, 0.99)),
+        "tokens": median(lambda r: r.tokens),
+    }
+
+
+def report(bench: Bench, found: dict[str, dict[int, list[Any]]], out: str) -> None:
+    """Print the table, and write the JSON."""
+    from bench.rivals import copy_bandwidth, weight_bytes
+
+    told = {name: {n: figures(results) for n, results in by_number.items()} for name, by_number in found.items()}
+    head = ("", "streams", "tokens/s", "ours / it", "first token ms", "slowest", "between ms", "p99")
+    rows = []
+    for number in next(iter(told.values())):
+        for name, by_number in told.items():
+            f, ours = by_number[number], told[bench.ours][number]
+            times = (f["first_token_p50_ms"], f["first_token_max_ms"], f["inter_token_p50_ms"], f["inter_token_p99_ms"])
+            share = ours["tokens_per_second"] / f["tokens_per_second"]
+            rows.append((name, number, f["tokens_per_second"], f"{share:.2f}", *times))
+    bandwidth, size = copy_bandwidth(bench.model.device), weight_bytes(bench.model)
+    print(bench.what)
+    print(table(head, rows))
+    one = told[bench.ours].get(1)
+    limit = bandwidth / size
+    if one:
+        rate = 1e3 / one["inter_token_p50_ms"]
+        print(
+            f"one stream: {rate:.1f} tokens/s after the first; copying reaches {bandwidth / 1e9:.1f} GB/s and a token reads {size / 1e9:.3f} GB: "
+            f"at most {limit:.1f} tokens/s, {100 * rate / limit:.0f} % of it reached"
+        )
+    if (most := max(told[bench.ours])) > bench.num_slots:
+        print(f"there are {bench.num_slots} slots: of {most} clients the others wait; try serve.slots={most}")
+    summary = {
+        "what": bench.what,
+        "copy_bytes_per_second": bandwidth,
+        "weight_bytes": size,
+        "slots": bench.num_slots,
+        "figures": told,
+    }
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"written: {path}")
+
+
+def main(args: list[str]) -> int:
+    """Measure everything that was asked for."""
+    own, words = chosen(
+        args, SHAPE="", STREAMS="1,4,16,64", TOKENS="64", ROUNDS="3", WITH="generate,continuous", GGUF="",
+        OUT="bench/results/serve.json",
+    )  # fmt: skip
+    streams = [int(number) for number in own["STREAMS"].split(",")]
+    if not own["SHAPE"] and not any(word.startswith("RUN=") for word in words):
+        raise UserError("nothing to serve; try: make bench-serve ARGS=RUN=runs/x, or ARGS=SHAPE=llama-7b")
+    prepared = with_shape if own["SHAPE"] else with_run
+    with prepared(own, words, max(streams)) as bench:
+        report(bench, measure(bench, streams, int(own["ROUNDS"]), int(own["TOKENS"])), own["OUT"])
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(fault.exit_code)

@@ -1,0 +1,59 @@
+"""How much sooner the next turn of a long conversation answers: `python -m bench.turns RUN=runs/smollm2-135m-lora`.
+
+The same turn twice, in turn: with what the row remembers, and after forgetting it. Times to the first token, medians.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from launcher import cafe
+from serve.engine import Sampling
+from serve.settings import Settings
+from serve.slot_engine import SlotEngine, open_engine
+
+LENGTH = 1500
+ROUNDS = 3
+
+
+def first_token(engine: SlotEngine, ids: list[int], adapter: str) -> tuple[float, int]:
+    """Seconds to the first token of a request that is alone, and how many of its ids were not read again."""
+    begun = time.perf_counter()
+    reused = engine.start(0, ids, Sampling(), adapter)
+    while engine.prefill([0])[0].token is None:
+        pass
+    seconds = time.perf_counter() - begun
+    engine.free(0)
+    return seconds, reused
+
+
+def main(words: list[str]) -> int:
+    """Print the two times and their ratio."""
+    run = Path(dict(word.split("=", 1) for word in words).get("RUN", "runs/smollm2-135m-lora"))
+    engine = open_engine([run], "auto", "auto", Settings(), lambda *_: None)
+    adapter = engine.info.adapters[0].key
+    turns: list[dict[str, str]] = []
+    for example in cafe.examples("train"):
+        turns += example["messages"]
+        if len(engine.prompt_ids(turns[:-1])) >= LENGTH:
+            break
+    before, after = engine.prompt_ids(turns[:-3]), engine.prompt_ids(turns[:-1])
+    cold, warm, reused = [], [], 0
+    for _ in range(ROUNDS):
+        for row in engine.info.adapters:
+            engine._rows.forget(row.key)
+        cold.append(first_token(engine, after, adapter)[0])
+        for row in engine.info.adapters:
+            engine._rows.forget(row.key)
+        first_token(engine, before, adapter)
+        seconds, reused = first_token(engine, after, adapter)
+        warm.append(seconds)
+    slow, quick = statistics.median(cold), statistics.median(warm)
+    print(f"{engine.info.model}, {engine.info.dtype}, {len(after)} tokens, {reused} of them read in the turn before")
+    print(f"first token after {slow:.2f} s without, {quick:.2f} s with what was read: {slow / quick:.1f} times sooner")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
