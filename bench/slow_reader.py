@@ -2,9 +2,10 @@
 
     python -m bench.slow_reader [STOP_S=30] [RUN=… | HOLD=echo] [serve.name=value …]
 
-Two readers, one after the other. The first is `chat | (sleep 30; cat)`: its output blocks, its process lives. The second is stopped
-outright (SIGSTOP), so that it cannot even say that it lives. Meanwhile four good clients are answered; what lies between their words
-is compared with the time before. Exit code 1 unless the first gets its whole text, the daemon holds less than 4 MiB more for it, and
+Three readers, one after the other. The first is `chat | (sleep 30; cat)`: its output blocks, its process lives. The others are stopped
+outright (SIGSTOP), so that they cannot even say that they live: one whose answer is done before the daemon takes it for dead, and
+one whose answer is longer and is therefore cut off. Meanwhile four good clients are answered; what lies between their words
+is compared with the time before. Exit code 1 unless the first two get their whole text, the daemon holds less than 4 MiB more for it, and
 the others' p50 stays within 10 %.
 """
 
@@ -29,9 +30,8 @@ HELD = 4 * 2**20
 SHARE = 0.10
 # One page is the least that a pipe can be; filled but for so much, an answer does not fit.
 PIPE_BYTES, ROOM = 4096, 64
-QUESTION = (
-    "Tell me everything about lighthouses, from the first fire on a hill to the last keeper: " + "y más ñ 🦊 " * 40
-)
+SHORT = "Tell me something short about lighthouses: " + "y más ñ 🦊 " * 5
+LONG = "Tell me everything about lighthouses, from the first fire on a hill to the last keeper: " + "y más ñ 🦊 " * 40
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Trial:
     held: int
 
 
-def ask_and_stop(served: Served, seconds: float, *, by_signal: bool) -> tuple[str, int, str, int]:
+def ask_and_stop(served: Served, question: str, seconds: float, *, by_signal: bool) -> tuple[str, int, str, int]:
     """Ask through a pipe whose end is not read for so long: (text, exit code, stderr, most bytes more in the daemon)."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
@@ -56,7 +56,7 @@ def ask_and_stop(served: Served, seconds: float, *, by_signal: bool) -> tuple[st
     )  # fmt: skip
     os.close(writing)
     assert client.stdin and client.stderr
-    client.stdin.write(QUESTION.encode())
+    client.stdin.write(question.encode())
     client.stdin.close()
     received = b""
     if by_signal:
@@ -73,11 +73,11 @@ def ask_and_stop(served: Served, seconds: float, *, by_signal: bool) -> tuple[st
     return received[filled:].decode(), client.wait(), client.stderr.read().decode().strip(), most - before
 
 
-def trial(served: Served, seconds: float, *, by_signal: bool) -> Trial:
+def trial(served: Served, question: str, seconds: float, *, by_signal: bool) -> Trial:
     """One stopped reader beside the others."""
     submissions = questions(OTHERS)
     with streaming(served.record, submissions, solo(served.record, submissions)) as seen:
-        text, exit_code, said, held = ask_and_stop(served, seconds, by_signal=by_signal)
+        text, exit_code, said, held = ask_and_stop(served, question, seconds, by_signal=by_signal)
     return Trial(text.removesuffix("\n"), exit_code, said, seen, held)
 
 
@@ -89,12 +89,12 @@ def calm(served: Served, seconds: float) -> Seen:
     return seen
 
 
-def right_answer(served: Served) -> str:
+def right_answer(served: Served, question: str) -> str:
     """What a reader that is not stopped gets."""
 
     async def ask() -> str:
         with await connect(served.record) as client:
-            return await answer(client, Submission([{"role": "user", "content": QUESTION}]))
+            return await answer(client, Submission([{"role": "user", "content": question}]))
 
     return asyncio.run(ask())
 
@@ -123,16 +123,17 @@ def judge(name: str, found: Trial, p50: float, whole: str) -> list[str]:
 def main(args: list[str]) -> int:
     """Run both trials with a daemon of their own."""
     own, words = chosen(args, STOP_S="30")
+    seconds = float(own["STOP_S"])
     with served(*(words or ["HOLD=echo"]), delay=ECHO_DELAY) as daemon:
-        whole = right_answer(daemon)
-        before = calm(daemon, min(CALM_S, float(own["STOP_S"])))
-        blocked = trial(daemon, float(own["STOP_S"]), by_signal=False)
-        after = calm(daemon, min(CALM_S, float(own["STOP_S"])))
-        stopped = trial(daemon, float(own["STOP_S"]), by_signal=True)
-        p50 = quantile(before.gaps + after.gaps, 0.5)
-        faults = judge("output blocked", blocked, p50, whole)
-        # A client that cannot say that it lives is taken for dead; what it gets is told, and not judged.
-        judge("stopped by SIGSTOP", stopped, p50, whole)
+        short, long = right_answer(daemon, SHORT), right_answer(daemon, LONG)
+        before = calm(daemon, min(CALM_S, seconds))
+        blocked = trial(daemon, LONG, seconds, by_signal=False)
+        stopped = trial(daemon, SHORT, seconds, by_signal=True)
+        p50 = quantile(before.gaps + calm(daemon, min(CALM_S, seconds)).gaps, 0.5)
+        faults = judge("output blocked", blocked, p50, long)
+        faults += judge("stopped, the answer short", stopped, p50, short)
+        # What is not done when a client is taken for dead is cancelled: told, and not judged.
+        judge("stopped, the answer long", trial(daemon, LONG, seconds, by_signal=True), p50, long)
         if faults:
             print("\n".join(["FAILED", *faults, daemon.said()]))
     return int(bool(faults))

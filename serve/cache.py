@@ -1,8 +1,10 @@
 """The keys and values of every row, allocated once, behind the cache interface of transformers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -21,8 +23,8 @@ class SlotCache(Cache):
         heads, head_dim = heads_of(config)
         self.length = length
         shape = (num_rows, heads, length + 1, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for device in devices]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.keys = [_zeros(shape, dtype, device) for device in devices]
+        self.values = [_zeros(shape, dtype, device) for device in devices]
         self.layers: list[Any] = []
 
     @property
@@ -85,6 +87,13 @@ class SlotCache(Cache):
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
         """(length of keys, offset) for the mask, which is given explicitly too."""
         return self._reads, 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a processor numpy's, which take no memory before they are written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def heads_of(config: Any) -> tuple[int, int]:

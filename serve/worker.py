@@ -146,6 +146,7 @@ class Worker:
 
     def _load(self, message: Message) -> None:
         adapter = self.engine.load_adapter(message.body["run"])
+        self._retire()
         self._tell_adapters(message.request, loaded=adapter.key)
 
     def _unload(self, message: Message) -> None:

@@ -14,7 +14,7 @@ from tests.serve_fixtures import box  # noqa: F401
 from tests.slot_answers import engine
 
 NUM_PROMPTS = 20
-NUM_TOKENS = 32
+NUM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
