@@ -10,7 +10,7 @@ import msgpack
 from serve.protocol import ADMIN, MAGIC, MAX_MESSAGE_BYTES, VERSION, Kind
 
 DATA, CONTROL = "data", "control"
-NUMBERS = (
+NUMBERS: tuple[Any, ...] = (
     float("nan"), float("inf"), float("-inf"), -1, -0.5, 0, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), 1e308, 1e-308, "1", "", b"\x00",
     True, None, [], {}, [0.5], {"a": 1},
 )  # fmt: skip
@@ -30,7 +30,7 @@ class Draw:
     # A message near the limit of the size costs both sides so much that only few may be one.
     num_big: int = 0
 
-    def bytes(self, most: int) -> bytes:
+    def noise(self, most: int) -> bytes:
         """Up to so many random bytes."""
         return self.random.randbytes(self.random.randint(0, most))
 
@@ -70,7 +70,7 @@ def lane(draw: Draw) -> str:
 
 def random_bytes(draw: Draw) -> tuple[str, list[bytes]]:
     """Frames of anything."""
-    return lane(draw), [draw.bytes(200) for _ in range(4)]
+    return lane(draw), [draw.noise(200) for _ in range(4)]
 
 
 def wrong_frames(draw: Draw) -> tuple[str, list[bytes]]:
@@ -88,7 +88,7 @@ def wrong_frames(draw: Draw) -> tuple[str, list[bytes]]:
 
 def random_body(draw: Draw) -> tuple[str, list[bytes]]:
     """Each type with a body of random bytes."""
-    return lane(draw), frames(draw.random.choice(list(Kind)).value, draw.id(), draw.bytes(300))
+    return lane(draw), frames(draw.random.choice(list(Kind)).value, draw.id(), draw.noise(300))
 
 
 def mutated(draw: Draw) -> tuple[str, list[bytes]]:
@@ -237,7 +237,7 @@ def greetings(draw: Draw) -> tuple[str, list[bytes]]:
 
 def questions(draw: Draw) -> tuple[str, list[bytes]]:
     """STATUS, PING and ADAPTERS, more often than anybody needs."""
-    return CONTROL, frames(draw.random.choice((b"T", b"?", b"L")), draw.id(), {"x": draw.bytes(50)})
+    return CONTROL, frames(draw.random.choice((b"T", b"?", b"L")), draw.id(), {"x": draw.noise(50)})
 
 
 def honest(draw: Draw) -> tuple[str, list[bytes]]:

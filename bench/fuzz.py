@@ -33,7 +33,7 @@ LOOK, VANISH = 25, 100
 ECHO_DELAY = 0.02
 MOST_A_SECOND = 400.0
 FLAT = 0.05
-PATIENCE_S = 120.0
+PATIENCE_MS = 120_000
 
 
 class Pair:
@@ -116,7 +116,7 @@ class Fuzzer:
         time.sleep(max(self._next - time.monotonic(), 0))
         begun = time.monotonic()
         self._watch.send_multipart(frames(b"?", bytes(16), {}))
-        assert self._watch.poll(PATIENCE_S * 1e3), f"no PONG within {PATIENCE_S} s: {self.served.said()}"
+        assert self._watch.poll(PATIENCE_MS), f"no PONG within {PATIENCE_MS} ms: {self.served.said()}"
         self._watch.recv_multipart()
         self.pongs.append(time.monotonic() - begun)
         for pair in self._pairs[MUTE:]:
@@ -157,7 +157,7 @@ class Fuzzer:
         greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL".ljust(55, b"\0")
         with contextlib.suppress(OSError):
             stranger.connect(path)
-            stranger.sendall(self.draw.random.choice((b"", greeting, greeting[:20])) + self.draw.bytes(5000))
+            stranger.sendall(self.draw.random.choice((b"", greeting, greeting[:20])) + self.draw.noise(5000))
 
     def close(self) -> None:
         """Vanish altogether."""

@@ -48,7 +48,7 @@ def generate(model: Any, stop_ids: Sequence[int]) -> Rival:
     """One padded batch; nobody can join or leave it."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class Clock(StoppingCriteria):  # type: ignore[misc]
+    class Clock(StoppingCriteria):
         """Looks at the clock with every token."""
 
         def __init__(self) -> None:

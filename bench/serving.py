@@ -16,6 +16,7 @@ from typing import Any
 from serve import runtime
 from serve.client import Client, Delta
 from serve.errors import RequestError
+from serve.lifeline import child_environment
 from serve.submission import Submission
 
 START_S = 300.0
@@ -52,7 +53,8 @@ def served(*words: str, delay: float = 0.0) -> Iterator[Served]:
     # Short: a socket's path is.
     with tempfile.TemporaryDirectory(prefix="af-", dir="/tmp") as name:
         folder = Path(name)
-        environment = {**os.environ, "AFINAR_RUNTIME_DIR": name, "AFINAR_ECHO_DELAY": str(delay)}
+        # It leaves when this process does, however that ends.
+        environment = {**child_environment(), "AFINAR_RUNTIME_DIR": name, "AFINAR_ECHO_DELAY": str(delay)}
         with (folder / "daemon.log").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "serve", "daemon", *words],

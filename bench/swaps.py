@@ -96,7 +96,8 @@ async def asker(
         while left:
             name = draw.choice(names)
             submission = Submission(QUESTION, max_tokens=left[0], wants_ids=True, adapter=name)
-            key, ids = "", []
+            key = ""
+            ids: list[int] = []
             try:
                 async for piece in pieces(client, submission):
                     key = piece.adapter if isinstance(piece, Accepted) else key

@@ -15,7 +15,15 @@ from tests.serve_fixtures import ROOT, Box, RawClient, box
 
 __all__ = ["box"]
 PAGE = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
-TYPES = {"list": list, "int": int, "text": str, "bytes": bytes, "map": dict, "bool": bool, "number": (int, float)}
+TYPES: dict[str, Any] = {
+    "list": list,
+    "int": int,
+    "text": str,
+    "bytes": bytes,
+    "map": dict,
+    "bool": bool,
+    "number": (int, float),
+}
 ID = bytes(range(16))
 
 
