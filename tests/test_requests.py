@@ -139,6 +139,8 @@ def test_a_place_in_the_queue_is_told_and_a_cancel_may_come_first(box: Box) -> N
     with RawClient(box.record()) as client:
         first, second = client.submit("x" * 900), client.submit("y" * 900)
         waiting = client.submit("z")
+        while (message := client.receive("data")).kind is not Kind.ACCEPTED or message.request != waiting:
+            pass
         wait_until(lambda: client.status()["waiting"] == 2)
         client.cancel(second)
         places = []
