@@ -233,10 +233,10 @@ def left_open(served: Served) -> list[str]:
 
 
 def grown(pid: int, samples: list[int]) -> list[str]:
-    """Compare the memory of the two tenths after the first with that of the last two, medians; print every tenth's."""
+    """Compare the memory of the tenth after the first with that of the last, medians; print every tenth's."""
     size = max(len(samples) // 10, 1)
     tenths = [quantile(samples[start : start + size], 0.5) for start in range(0, len(samples), size)]
-    early, late = quantile(samples[size : 3 * size], 0.5), quantile(samples[-2 * size :], 0.5)
+    early, late = quantile(samples[size : 2 * size], 0.5), quantile(samples[-size:], 0.5)
     told = " ".join(f"{value / 1e6:.1f}" for value in tenths)
     print(
         f"process {pid}: MB in every tenth {told} ({100 * (late / early - 1):+.1f} %), at most {max(samples) / 1e6:.1f}"

@@ -4,14 +4,13 @@
     python -m bench.serve SHAPE=llama-7b [DTYPE=bf16|nf4] [serve.name=value …]               random weights, the engine alone
     options: [STREAMS=1,4,16,64] [TOKENS=64] [ROUNDS=3] [WITH=generate,continuous] [GGUF=model.gguf] [OUT=serve.json]
 
-All take turns in one run with the same prompts; medians over the rounds are told. An answer ends at TOKENS, or at the model's stop
+All take turns in one run with the same prompts, none of which was asked before (ours has read the system turn, and reads it no more); medians over the rounds are told. An answer ends at TOKENS, or at the model's stop
 token; tokens that were produced are counted, the stop token not among them. The limit of the bandwidth is what copying a large
 tensor reaches in the same run, divided by the bytes of the weights that one token reads.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -19,7 +18,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from typing import Any
 from bench.serving import Served, chosen, pieces, quantile, served, table
 from bench.streams import questions
 from serve.client import Delta, connect
-from serve.engine import BASE, Sampling
+from serve.engine import BASE
 from serve.errors import UserError
 from serve.settings import PREFIX
 from serve.settings import parse as parse_settings
+from serve.submission import Submission
 
 # Threads wait as they do in an engine process of the daemon's; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -38,12 +38,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 @dataclass
 class Bench:
-    """What is compared: ways to answer by name, `ours` first, each (prompts, tokens) -> `rivals.Result`."""
+    """What is compared: ways to answer by name, `ours` first, each (prompts, tokens) -> `rivals.Result`.
+
+    `prompts` makes a prompt, as ids, of a number: none is asked twice, for ours remembers what it has read.
+    """
 
     model: Any
     what: str
     num_slots: int
-    prompts: list[list[int]]
+    prompts: Callable[[int], list[int]]
     ours: str
     ways: dict[str, Any] = field(default_factory=dict)
 
@@ -51,8 +54,8 @@ class Bench:
 # Ours: through the daemon.
 
 
-def through_daemon(daemon: Served, adapter: str | None) -> Any:
-    """As many clients as prompts, each with its own sockets; the question of a prompt has the same number."""
+def through_daemon(daemon: Served, adapter: str | None, asked: dict[tuple[int, ...], Any]) -> Any:
+    """As many clients as prompts, each with its own sockets; `asked` are the conversations that became the prompts."""
     from bench.rivals import Result
 
     async def client_of(submission: Any, begun: list[float]) -> list[float]:
@@ -61,27 +64,25 @@ def through_daemon(daemon: Served, adapter: str | None) -> Any:
             found = pieces(client, submission)
             return [time.perf_counter() async for piece in found if isinstance(piece, Delta) and piece.ids]
 
-    async def all_clients(number: int, num_tokens: int) -> Any:
+    async def all_clients(prompts: Any, num_tokens: int) -> Any:
         begun: list[float] = []
-        asked = questions_for(number, num_tokens, adapter=adapter)
-        found = await asyncio.gather(*(client_of(submission, begun) for submission in asked))
+        submissions = [
+            Submission(asked[tuple(prompt)], max_tokens=num_tokens, adapter=adapter, wants_ids=True)
+            for prompt in prompts
+        ]
+        found = await asyncio.gather(*(client_of(submission, begun) for submission in submissions))
         start = min(begun)
         stamps = [[moment - start for moment in moments] for moments in found]
         return Result(max(s[-1] for s in stamps), stamps)
 
-    return lambda prompts, num_tokens: asyncio.run(all_clients(len(prompts), num_tokens))
-
-
-def questions_for(number: int, num_tokens: int, **more: Any) -> list[Any]:
-    """Greedy, and with the ids, so that every token is a message."""
-    return [dataclasses.replace(s, sampling=Sampling(), wants_ids=True) for s in questions(number, num_tokens, **more)]
+    return lambda prompts, num_tokens: asyncio.run(all_clients(prompts, num_tokens))
 
 
 # What is set up.
 
 
 @contextlib.contextmanager
-def with_run(own: dict[str, str], words: list[str], most: int) -> Iterator[Bench]:
+def with_run(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
     """A daemon that serves a run, and the same model again in this process for the rivals."""
     from serve.held import hold_runs
 
@@ -94,10 +95,17 @@ def with_run(own: dict[str, str], words: list[str], most: int) -> Iterator[Bench
     with served(*words) as daemon:
         info = asyncio.run(_info(daemon))
         adapter = BASE if any(a["name"] == BASE for a in info["adapters"]) else None
-        prompts = [held.prompt_ids(s.messages) for s in questions_for(most, int(own["TOKENS"]))]
+        asked: dict[tuple[int, ...], Any] = {}
+
+        def prompt(number: int) -> list[int]:
+            messages = questions(1, first=number)[0].messages
+            ids = held.prompt_ids(messages)
+            asked[tuple(ids)] = messages
+            return ids
+
         what = f"{given['RUN']} ({info['model']}, {info['hold']}, {info['dtype']}, adapter {adapter or info['adapters'][0]['name']})"
-        bench = Bench(held.model, what, info["num_slots"], prompts, "daemon and clients")
-        bench.ways[bench.ours] = through_daemon(daemon, adapter)
+        bench = Bench(held.model, what, info["num_slots"], prompt, "daemon and clients")
+        bench.ways[bench.ours] = through_daemon(daemon, adapter, asked)
         add_rivals(bench, own, held.stop_ids)
         yield bench
 
@@ -108,7 +116,7 @@ async def _info(daemon: Served) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def with_shape(own: dict[str, str], words: list[str], most: int) -> Iterator[Bench]:
+def with_shape(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
     """A model of this shape with random weights, made where it runs; nobody can talk to it, so there is no daemon."""
     import torch
 
@@ -122,9 +130,13 @@ def with_shape(own: dict[str, str], words: list[str], most: int) -> Iterator[Ben
     model = random_model(own["SHAPE"], dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     held = Held(model, None, own["SHAPE"], "merged", "fp32" if dtype == "fp32" else "bf16")
     engine = SlotEngine(held, settings)
-    draw = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, model.config.vocab_size, (64,), generator=draw).tolist() for _ in range(most)]
-    bench = Bench(model, f"{own['SHAPE']} ({dtype}, random weights)", engine.info.num_slots, prompts, "engine alone")
+
+    def prompt(number: int) -> list[int]:
+        return torch.randint(
+            3, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(number)
+        ).tolist()
+
+    bench = Bench(model, f"{own['SHAPE']} ({dtype}, random weights)", engine.info.num_slots, prompt, "engine alone")
     bench.ways[bench.ours] = alone(engine)
     add_rivals(bench, own, ())
     yield bench
@@ -154,9 +166,11 @@ def add_rivals(bench: Bench, own: dict[str, str], stop_ids: Any) -> None:
 def measure(bench: Bench, streams: list[int], rounds: int, num_tokens: int) -> dict[str, dict[int, list[Any]]]:
     """Results of every way by number of streams; all ways take turns in every round. The first round is left out."""
     found: dict[str, dict[int, list[Any]]] = {name: {n: [] for n in streams} for name in bench.ways}
-    for number in streams:
-        for round_number, (name, way) in itertools.product(range(rounds + 1), list(bench.ways.items())):
-            result = way(bench.prompts[:number], num_tokens)
+    fresh = itertools.count()
+    for number, round_number in itertools.product(streams, range(rounds + 1)):
+        prompts = [bench.prompts(next(fresh)) for _ in range(number)]
+        for name, way in bench.ways.items():
+            result = way(prompts, num_tokens)
             if round_number:
                 found[name][number].append(result)
                 print(f"{number} streams, round {round_number}: {name} {result.rate:.1f} tokens/s", file=sys.stderr)
@@ -228,7 +242,7 @@ def main(args: list[str]) -> int:
     if not own["SHAPE"] and not any(word.startswith("RUN=") for word in words):
         raise UserError("nothing to serve; try: make bench-serve ARGS=RUN=runs/x, or ARGS=SHAPE=llama-7b")
     prepared = with_shape if own["SHAPE"] else with_run
-    with prepared(own, words, max(streams)) as bench:
+    with prepared(own, words) as bench:
         report(bench, measure(bench, streams, int(own["ROUNDS"]), int(own["TOKENS"])), own["OUT"])
     return 0
 

@@ -32,10 +32,10 @@ class Seen:
     faults: list[str] = field(default_factory=list)
 
 
-def questions(number: int, max_tokens: int = 48, **more: Any) -> list[Submission]:
-    """So many different questions, every second one with temperature and a seed."""
+def questions(number: int, max_tokens: int = 48, first: int = 0, **more: Any) -> list[Submission]:
+    """So many different questions, numbered from `first`, every second one with temperature and a seed."""
     made = []
-    for n in range(number):
+    for n in range(first, first + number):
         text = f"Write a long story (number {n}, ñ 🦊) about {TOPICS[n % len(TOPICS)]}."
         sampling = Sampling(temperature=0.8, seed=n) if n % 2 else Sampling()
         made.append(Submission([{"role": "user", "content": text}], sampling, max_tokens, **more))
