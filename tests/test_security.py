@@ -1,5 +1,6 @@
 """Who gets nothing: another Unix user, a key that is not listed, an impostor. And who looks after a daemon."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -70,10 +71,13 @@ class LockedClient(RawClient):
 
     def knock(self) -> None:
         """Say all that might be answered, an error at least."""
-        for lane in self.sockets:
-            for kind in (Kind.HELLO, Kind.STATUS, Kind.SUBMIT):
-                self.send(lane, Message(kind, os.urandom(16), {"proto": [1], "messages": [], "session": b"x" * 16}))
-            self.sockets[lane].send_multipart([b"no message"])
+        for lane, dealer in self.sockets.items():
+            # A dealer whose key was refused meanwhile has nobody left to send to, and would wait for ever.
+            dealer.set(zmq.SNDTIMEO, 0)
+            with contextlib.suppress(zmq.Again):
+                for kind in (Kind.HELLO, Kind.STATUS, Kind.SUBMIT):
+                    self.send(lane, Message(kind, os.urandom(16), {"proto": [1], "messages": [], "session": b"x" * 16}))
+                dealer.send_multipart([b"no message"])
 
     @property
     def has_heard(self) -> bool:
