@@ -9,7 +9,6 @@ flat (FLAT=no only prints it: in a short trial it is not settled).
 """
 
 import contextlib
-import os
 import random
 import socket
 import sys
@@ -20,8 +19,9 @@ from collections.abc import Iterator
 import zmq
 
 from bench.attacks import ATTACKS, CONTROL, DATA, Draw, frames, greetings
-from bench.serving import Served, chosen, quantile, rss, served, table
+from bench.serving import Served, chosen, quantile, served, table
 from bench.streams import Seen, questions, solo, streaming
+from serve.engines import rss_bytes
 from serve.protocol import VERSION, Kind, ProtocolError, decode
 
 STREAMS = 8
@@ -178,7 +178,7 @@ def fuzz(served: Served, messages: int, draw: random.Random, *, is_flat: bool) -
             fuzzer.attack(number)
             if number % max(messages // 200, 1) == 0:
                 for pid in pids:
-                    memory[pid].append(rss(pid) if os.path.exists(f"/proc/{pid}") else 0)  # noqa: PTH110
+                    memory[pid].append(rss_bytes(pid))
     fuzzer.close()
     seconds = time.monotonic() - begun
     print(table(("attack", "sent", "answered"), rows_of(fuzzer)), flush=True)

@@ -21,10 +21,11 @@ from bench.serving import chosen, pieces, quantile, served, table
 from bench.streams import TOPICS
 from serve.client import Client, Delta, connect
 from serve.engine import Engine, Sampling
+from serve.load import Load
 from serve.settings import PREFIX
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
-from serve.worker import Load, build
+from serve.worker import build
 
 # Threads wait as they do in an engine process of the daemon's; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -93,7 +94,7 @@ def main(args: list[str]) -> int:
     own, words = chosen(args, TOKENS="32", ROUNDS="9")
     given = dict(word.split("=", 1) for word in words)
     settings = parse_settings([word for word in words if word.startswith(PREFIX)])
-    load = Load("", (given.get("RUN", "echo"),), given.get("HOLD", "auto"), given.get("DTYPE", "auto"), settings)
+    load = Load((given.get("RUN", "echo"),), given.get("HOLD", "auto"), given.get("DTYPE", "auto"), settings)
     engine = build(load, lambda message: None)
     with served(*words) as daemon:
         measured = asyncio.run(measure(engine, daemon.record, int(own["ROUNDS"]), int(own["TOKENS"])))

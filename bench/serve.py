@@ -4,9 +4,10 @@
     python -m bench.serve SHAPE=llama-7b [DTYPE=bf16|nf4] [serve.name=value …]               random weights, the engine alone
     options: [STREAMS=1,4,16,64] [TOKENS=64] [ROUNDS=3] [WITH=generate,continuous] [GGUF=model.gguf] [OUT=serve.json]
 
-All take turns in one run with the same prompts, none of which was asked before (ours has read the system turn, and reads it no more); medians over the rounds are told. An answer ends at TOKENS, or at the model's stop
-token; tokens that were produced are counted, the stop token not among them. The limit of the bandwidth is what copying a large
-tensor reaches in the same run, divided by the bytes of the weights that one token reads.
+All take turns in one run with the same prompts, none of which was asked before (ours has read the system turn, and reads it no
+more); medians over the rounds are told. An answer ends at TOKENS, or at the model's stop token; tokens that were produced are
+counted, the stop token not among them. The limit of the bandwidth is what copying a large tensor reaches in the same run, divided
+by the bytes of the weights that one token reads.
 """
 
 import asyncio
@@ -28,7 +29,8 @@ from bench.streams import questions
 from serve.client import Delta, connect
 from serve.engine import BASE
 from serve.errors import UserError
-from serve.settings import PREFIX
+from serve.load import Load
+from serve.settings import PREFIX, Settings
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
 
@@ -88,7 +90,8 @@ def with_run(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
 
     given = dict(word.split("=", 1) for word in words)
     hold = given.setdefault("HOLD", "adapters")
-    held = hold_runs([Path(given["RUN"])], hold, given.get("DTYPE", "auto"), 0.4, lambda *_: None)
+    load = Load((given["RUN"],), hold, given.get("DTYPE", "auto"), Settings(memory=0.4))
+    held = hold_runs(load, lambda *_: None)
     words = [f"{name}={value}" for name, value in given.items()]
     if held.model.device.type == "cuda" and f"{PREFIX}memory" not in given:
         words.append(f"{PREFIX}memory=0.5")

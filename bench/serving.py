@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve import runtime
+from serve import runtime, starter
 from serve.client import Client, Delta
 from serve.errors import RequestError
 from serve.lifeline import child_environment
@@ -63,12 +63,7 @@ def served(*words: str, delay: float = 0.0) -> Iterator[Served]:
         try:
             yield Served(process, folder, _published(process, folder))
         finally:
-            process.terminate()
-            try:
-                process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            starter.end(process, STOP_S)
 
 
 def _published(process: "subprocess.Popen[bytes]", folder: Path) -> runtime.Record:
@@ -78,11 +73,6 @@ def _published(process: "subprocess.Popen[bytes]", folder: Path) -> runtime.Reco
             return records[0]
         time.sleep(0.02)
     raise AssertionError((folder / "daemon.log").read_text())
-
-
-def rss(pid: int) -> int:
-    """Bytes of memory that a process has resident."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def num_handles(pid: int) -> int:

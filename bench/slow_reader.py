@@ -18,9 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 
-from bench.serving import Served, answer, chosen, quantile, rss, served
+from bench.serving import Served, answer, chosen, quantile, served
 from bench.streams import Seen, questions, solo, streaming
 from serve.client import connect
+from serve.engines import rss_bytes
 from serve.submission import Submission
 
 OTHERS = 4
@@ -50,7 +51,7 @@ def ask_and_stop(served: Served, question: str, seconds: float, *, by_signal: bo
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     filled = 0 if by_signal else os.write(writing, bytes(PIPE_BYTES - ROOM))
-    before = most = rss(served.record.pid)
+    before = most = rss_bytes(served.record.pid)
     client = subprocess.Popen(
         [sys.executable, "-m", "serve", "chat"], env=served.environment, stdin=subprocess.PIPE, stdout=writing, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -65,7 +66,7 @@ def ask_and_stop(served: Served, question: str, seconds: float, *, by_signal: bo
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         time.sleep(0.1)
-        most = max(most, rss(served.record.pid))
+        most = max(most, rss_bytes(served.record.pid))
     client.send_signal(signal.SIGCONT)
     while piece := os.read(reading, 65536):
         received += piece

@@ -25,10 +25,11 @@ from bench.serving import Served, chosen, pieces, quantile, served
 from serve.client import Accepted, Client, Delta, connect
 from serve.engine import Engine, Sampling
 from serve.errors import RequestError
+from serve.load import Load
 from serve.settings import PREFIX, Settings
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
-from serve.worker import Load, build
+from serve.worker import build
 
 CLIENTS = 4
 LOAD_S = 1.0
@@ -177,7 +178,7 @@ def main(args: list[str]) -> int:
         rewritten.parent.mkdir()
         for i, folder in enumerate([*folders, rewritten]):
             write(run, folder, seed * 1000 + i)
-        engine = build(Load("", (str(run),), "adapters", own["DTYPE"], settings), lambda message: None)
+        engine = build(Load((str(run),), "adapters", own["DTYPE"], settings), lambda message: None)
         expected = dict(cold(engine, folder, int(own["TOKENS"])) for folder in [*folders, rewritten])
         different = len({tuple(answer) for answer in expected.values()})
         print(f"seed {seed}: {len(expected)} adapters, {different} different answers, when cold", flush=True)

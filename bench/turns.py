@@ -6,11 +6,11 @@ The same turn twice, in turn: with what the row remembers, and after forgetting 
 import statistics
 import sys
 import time
-from pathlib import Path
 
+from bench.serving import chosen
 from launcher import cafe
 from serve.engine import Sampling
-from serve.settings import Settings
+from serve.load import Load
 from serve.slot_engine import SlotEngine, open_engine
 
 LENGTH = 1500
@@ -30,8 +30,8 @@ def first_token(engine: SlotEngine, ids: list[int], adapter: str) -> tuple[float
 
 def main(words: list[str]) -> int:
     """Print the two times and their ratio."""
-    run = Path(dict(word.split("=", 1) for word in words).get("RUN", "runs/smollm2-135m-lora"))
-    engine = open_engine([run], "auto", "auto", Settings(), lambda *_: None)
+    own, _ = chosen(words, RUN="runs/smollm2-135m-lora")
+    engine = open_engine(Load((own["RUN"],)), lambda *_: None)
     adapter = engine.info.adapters[0].key
     turns: list[dict[str, str]] = []
     for example in cafe.examples("train"):
@@ -41,11 +41,9 @@ def main(words: list[str]) -> int:
     before, after = engine.prompt_ids(turns[:-3]), engine.prompt_ids(turns[:-1])
     cold, warm, reused = [], [], 0
     for _ in range(ROUNDS):
-        for row in engine.info.adapters:
-            engine._rows.forget(row.key)
+        engine._rows.forget(adapter)
         cold.append(first_token(engine, after, adapter)[0])
-        for row in engine.info.adapters:
-            engine._rows.forget(row.key)
+        engine._rows.forget(adapter)
         first_token(engine, before, adapter)
         seconds, reused = first_token(engine, after, adapter)
         warm.append(seconds)

@@ -24,6 +24,20 @@ from launcher.weights import fetch_again
 SWAPPED = "saved"
 Hold = Literal["merged", "4bit", "adapters"]
 Progress = Callable[[str, int, int], None]
+# Where the base goes, by the folder of its weights, the configuration and the dtype: a device, or "auto" for all GPUs.
+Place = Callable[[Path, Config, str], torch.device | str]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run without its adapter: what it says of itself, how it will be held, and its base in memory."""
+
+    manifest: dict[str, Any]
+    config: Config
+    hold: Hold
+    dtype: str
+    tokenizer: Any
+    base: PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -62,25 +76,40 @@ class Reloaded:
 
 
 def open_run(run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *_: None) -> Reloaded:
-    """Load a finished run. `hold` and `dtype` may be `auto`; `progress` is told (stage, done, total).
+    """Load a finished run with its adapter; see `open_base`."""
+    opened = open_base(run_dir, hold, dtype, progress)
+    progress("merging the adapter" if opened.hold == "merged" else "attaching the adapter", 2, 3)
+    model = attach_saved(opened.base, run_dir / "adapter", opened.hold, models.DTYPES[opened.dtype])
+    stop_ids, data = tuple(opened.manifest["stop_ids"]), opened.manifest["data"]
+    return Reloaded(opened.config, opened.tokenizer, model, opened.hold, opened.dtype, stop_ids, data)
 
-    Raises `UserError` if the run is not finished, its base has changed, or it cannot be held that way.
+
+def best_device(weights: Path, config: Config, dtype: str) -> torch.device | str:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_base(
+    run_dir: Path, hold: str, dtype: str, progress: Progress = lambda *_: None, place: Place = best_device
+) -> Opened:
+    """Load the base and the tokenizer of a finished run. `hold` and `dtype` may be `auto`; `place` finds the device.
+
+    `progress` is told (stage, done, total). Raises `UserError` if the run is not finished, its base has changed, or it
+    cannot be held that way.
     """
     manifest = rundir.read_finished(run_dir)
     config = check(manifest["config"])
     form = choose_hold(hold, config.adapter.method)
     if dtype == "auto":
         dtype = "bf16" if manifest["base"]["dtype"] == "bf16" and detect().has_bf16 else "fp32"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     progress("fetching the base", 0, 3)
     weights = fetch_again(card(config.model.name), manifest["base"])
     progress("loading the base", 1, 3)
     tokenizer = models.load_tokenizer(run_dir / "tokenizer", manifest["template"])
     rundir.require_template(manifest, tokenizer.chat_template)
+    device = place(weights.path, config, dtype)
     base = models.load_base(weights.path, dtype, config.quant, device, is_served=True)
-    progress("merging the adapter" if form == "merged" else "attaching the adapter", 2, 3)
-    model = attach_saved(base, run_dir / "adapter", form, models.DTYPES[dtype])
-    return Reloaded(config, tokenizer, model, form, dtype, tuple(manifest["stop_ids"]), manifest["data"])
+    return Opened(manifest, config, form, dtype, tokenizer, base)
 
 
 def choose_hold(hold: str, method: str) -> Hold:

@@ -7,7 +7,6 @@ keys      make the key pairs for tcp
 """
 
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,11 +83,7 @@ def _infer(arguments: Arguments) -> int:
     try:
         return asyncio.run(talk())
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        starter.end(process, STOP_SECONDS)
 
 
 async def _talk(folder: Path, arguments: Arguments, record: "Record") -> int:

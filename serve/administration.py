@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.engine import AdapterError, AdapterInfo, resolve
 from serve.fleet import Fleet
 from serve.open_requests import Lane, Sent
 from serve.protocol import ADMIN, NO_REQUEST, Code, Kind, Message, error
@@ -75,9 +74,7 @@ class Administration:
         )
 
     def _adapters(self) -> dict[str, Any]:
-        infos = [engine.info for engine in self._fleet.ready.values()]
-        adapters = [AdapterInfo(**fields) for fields in (infos[0]["adapters"] if infos else ())]
-        return {"adapters": [{**vars(adapter), "key": adapter.key} for adapter in adapters]}
+        return {"adapters": [{**vars(adapter), "key": adapter.key} for adapter in self._fleet.first.adapters]}
 
     def _ask(self, sender: bytes, message: Message) -> None:
         ready = set(self._fleet.ready)
@@ -154,8 +151,4 @@ class Administration:
         self._send(Lane.CONTROL, question.asker, reply)
 
     def _still_has(self, name: str) -> bool:
-        adapters = tuple(AdapterInfo(**fields) for e in self._fleet.ready.values() for fields in e.info["adapters"])
-        try:
-            return bool(resolve(adapters, name))
-        except AdapterError:
-            return False
+        return any(adapter.name == name for engine in self._fleet.ready.values() for adapter in engine.adapters)

@@ -13,7 +13,7 @@ from typing import Any
 from serve import submission
 from serve.administration import Administration
 from serve.clients import Clients
-from serve.engine import AdapterError, AdapterInfo, resolve
+from serve.engine import AdapterError, resolve
 from serve.figures import Figures
 from serve.fleet import EngineState, Fleet
 from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
@@ -71,7 +71,7 @@ class Broker:
     @property
     def info(self) -> dict[str, Any]:
         """What the engines hold, {} as long as none is ready."""
-        return next((dict(engine.info) for engine in self.fleet.ready.values()), {})
+        return self.fleet.first.info
 
     # From clients.
 
@@ -181,7 +181,7 @@ class Broker:
         """Raise `ProtocolError` for what cannot be served now."""
         if self.state == "draining":
             raise ProtocolError(Code.DRAINING, "the daemon is stopping; try: make chat", request)
-        if self.state == "ready" and (adapters := self._adapters()):
+        if self.state == "ready" and (adapters := self.fleet.first.adapters):
             try:
                 resolve(adapters, asked.adapter)
             except AdapterError as fault:
@@ -201,9 +201,6 @@ class Broker:
                 after = self.figures.retry_after_ms(have)
                 text = f"{have} requests{whose} wait already; try again in {after / 1e3:.1f} s"
                 raise ProtocolError(Code.QUEUE_FULL, text, request, waiting=have, max=most, retry_after_ms=after)
-
-    def _adapters(self) -> tuple[AdapterInfo, ...]:
-        return tuple(AdapterInfo(**fields) for fields in self.info.get("adapters", ()))
 
     def _place(self, request: OpenRequest) -> None:
         """Give a request to an engine, if one is ready."""
@@ -441,7 +438,7 @@ class Broker:
             "pid": os.getpid(),
             "rss_bytes": self._rss_bytes(os.getpid()),
             "info": self.info,
-            "adapters": [adapter.key for adapter in self._adapters()],
+            "adapters": [adapter.key for adapter in self.fleet.first.adapters],
             "busy_slots": sum(len(engine.in_slots) for engine in engines.values()),
             "num_slots": sum(engine.info["num_slots"] for engine in self.fleet.ready.values()),
             "waiting": len(self._waiting()),

@@ -27,11 +27,6 @@ class SlotCache(Cache):
         self.values = [_zeros(shape, dtype, device) for device in devices]
         self.layers: list[Any] = []
 
-    @property
-    def num_bytes(self) -> int:
-        """Of keys and values together."""
-        return 2 * sum(keys.nbytes for keys in self.keys)
-
     def bind(self, rows: slice | torch.Tensor, positions: torch.Tensor, reads: int) -> None:
         """Where the next forward pass writes: `positions` int64 [B, L] of `rows`; it reads the first `reads` back.
 

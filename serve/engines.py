@@ -19,9 +19,9 @@ from serve import runtime
 from serve.arguments import MAX_ENGINES, Arguments
 from serve.errors import EXIT_USAGE, EngineError, ServeError, UserError
 from serve.lifeline import child_environment
+from serve.load import Load
 from serve.protocol import Kind, Message, decode, encode
 from serve.wire import send_now
-from serve.worker import Load
 
 STOP_SECONDS = 5.0
 # What a process said last may still be in the socket when it has ended.
@@ -157,7 +157,7 @@ class Engines:
         link.set(zmq.SNDHWM, 0)
         link.bind(endpoint)
         a = self._arguments
-        load = Load(endpoint, a.runs, a.hold, a.dtype, a.settings, device=number, num_devices=a.num_gpus)
+        load = Load(a.runs, a.hold, a.dtype, a.settings, endpoint, device=number, num_devices=a.num_gpus)
         with self.log_path(number).open("a" if number in self._started else "w") as log:
             process = await asyncio.create_subprocess_exec(
                 *[sys.executable, "-m", "serve.worker", load.to_json()],

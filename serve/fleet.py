@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve.engine import AdapterInfo
 from serve.submission import Submission
 
 MAX_CONVERSATIONS = 4096
@@ -23,6 +24,11 @@ class EngineState:
     in_slots: set[bytes] = field(default_factory=set)
     last_heard: float = field(default_factory=time.monotonic)
 
+    @property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """What can answer there."""
+        return tuple(AdapterInfo(**fields) for fields in self.info.get("adapters", ()))
+
 
 class Fleet:
     """Prefers the engine that answered the earlier turns: it has read them already."""
@@ -35,6 +41,11 @@ class Fleet:
     def ready(self) -> dict[int, EngineState]:
         """The engines that can answer."""
         return {number: engine for number, engine in self.engines.items() if engine.state == "ready"}
+
+    @property
+    def first(self) -> EngineState:
+        """One that can answer, for what all of them have in common; an empty one as long as there is none."""
+        return next(iter(self.ready.values()), EngineState())
 
     def choose(self, asked: Submission) -> int | None:
         """The engine for a request: its conversation's, unless another one has slots and this one has a queue."""

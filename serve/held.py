@@ -2,26 +2,24 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from launcher import models, reload, rundir
-from launcher.catalogue import card
 from launcher.chat import prompt_ids
-from launcher.compose import check
 from launcher.config import Config, Quant
 from launcher.errors import UserError
-from launcher.hardware import detect
 from launcher.memory import frozen_bytes
-from launcher.weights import fetch_again
 from serve import adapters, errors
 from serve.adapters import WEIGHTS_FILE, Adapter
 from serve.engine import AdapterError
+from serve.load import Load
 
 Progress = Callable[[str, int, int], None]
 # The same for every base and adapter, so that figures can be compared.
@@ -86,90 +84,61 @@ def file_digest(run: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]
 
 
-def hold_runs(
-    runs: Sequence[Path],
-    hold: str,
-    dtype: str,
-    memory: float,
-    progress: Progress,
-    device: int = 0,
-    num_devices: int = 1,
-) -> Held:
-    """Load the base of these finished runs, and merge the only one into it if it shall be held so.
+def hold_runs(load: Load, progress: Progress) -> Held:
+    """Load the base of the runs, and merge the only one into it if it shall be held so; raises `serve.errors.UserError`."""
+    run, hold, notes = Path(load.runs[0]), load.hold, []
 
-    `hold` and `dtype` may be `auto`. `memory` is the share of a GPU that may be used: a base that needs more is spread
-    over `num_devices`. Raises `serve.errors.UserError`.
-    """
+    def place(weights: Path, config: Config, dtype: str) -> torch.device | str:
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        needed = frozen_bytes(config, models.read_architecture(weights), models.DTYPES[dtype].itemsize)
+        room = torch.cuda.mem_get_info(load.device)[0] * load.settings.memory
+        if needed <= room or load.num_devices == 1:
+            return torch.device("cuda", load.device)
+        sizes = f"the base takes {needed / 2**30:.1f} GiB and one GPU has {room / 2**30:.1f}"
+        notes.append(f"{sizes}: spread over {load.num_devices} GPUs")
+        return "auto"
+
     try:
-        return _hold(runs, hold, dtype, memory, progress, device, num_devices)
+        opened = reload.open_base(
+            run, "adapters" if len(load.runs) > 1 and hold == "auto" else hold, load.dtype, progress, place
+        )
+        manifest = opened.manifest
+        held = Held(
+            opened.base, opened.tokenizer, opened.config.model.name, opened.hold, opened.dtype, base_digest(manifest),
+            manifest["template_sha256"], tuple(manifest["stop_ids"]), notes=tuple(notes),
+        )  # fmt: skip
+        if opened.hold == "merged":
+            progress("merging the adapter", 2, 3)
+            _merge(held, run, opened.config.quant)
     except UserError as error:
         raise errors.UserError(str(error)) from None
-
-
-def _hold(
-    runs: Sequence[Path], hold: str, dtype: str, memory: float, progress: Progress, device: int, num_devices: int
-) -> Held:
-    manifest = rundir.read_finished(runs[0])
-    config = check(manifest["config"])
-    form = reload.choose_hold("adapters" if len(runs) > 1 and hold == "auto" else hold, config.adapter.method)
-    if dtype == "auto":
-        dtype = "bf16" if manifest["base"]["dtype"] == "bf16" and detect().has_bf16 else "fp32"
-    progress("fetching the base", 0, 3)
-    weights = fetch_again(card(config.model.name), manifest["base"])
-    tokenizer = models.load_tokenizer(runs[0] / "tokenizer", manifest["template"])
-    rundir.require_template(manifest, tokenizer.chat_template)
-    where, notes = _place(weights.path, config, dtype, memory, device, num_devices)
-    progress("loading the base", 1, 3)
-    model = models.load_base(weights.path, dtype, config.quant, where, is_served=True)
-    held = Held(
-        model, tokenizer, config.model.name, form, dtype, base_digest(manifest), manifest["template_sha256"],
-        tuple(manifest["stop_ids"]), notes=notes,
-    )  # fmt: skip
-    if form == "merged":
-        progress("merging the adapter", 2, 3)
-        _merge(held, runs[0], config.quant)
     return held
 
 
-def _place(
-    weights: Path, config: Config, dtype: str, memory: float, device: int, num_devices: int
-) -> tuple[torch.device | str, tuple[str, ...]]:
-    """The device for the base, or "auto" for all of them together, and what should be said about it."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), ()
-    size = models.DTYPES[dtype].itemsize
-    needed = frozen_bytes(config, models.read_architecture(weights), size)
-    room = torch.cuda.mem_get_info(device)[0] * memory
-    if needed <= room or num_devices == 1:
-        return torch.device("cuda", device), ()
-    note = f"the base takes {needed / 2**30:.1f} GiB and one GPU has {room / 2**30:.1f}: spread over {num_devices} GPUs"
-    return "auto", (note,)
-
-
-@torch.inference_mode()
 def _merge(held: Held, run: Path, quant: Quant) -> None:
     """Merge into the base that was trained, dequantised where it was in four bits, and measure what that changed."""
-    dtype = models.DTYPES[held.dtype]
     untuned = probe(held, held.model)
     tuned = reload.load_adapter(held.model, run / "adapter")
-    for parameter in reload.adapter_parameters(tuned):
-        parameter.data = parameter.data.to(dtype)
     trained = probe(held, tuned)
-    if quant.bits:
-        with models.quiet():
-            base = tuned.unload()
-        held.model = reload.attach_saved(base, run / "adapter", "merged", dtype)
-    else:
-        with models.quiet():
+    with models.quiet():
+        if quant.bits:
+            held.model = reload.attach_saved(tuned.unload(), run / "adapter", "merged", models.DTYPES[held.dtype])
+        else:
             held.model = tuned.merge_and_unload(safe_merge=True).eval()
     held.merged, held.tuned_kl = run, kl(trained, untuned)
     held.merge_kl = kl(trained, probe(held, held.model))
 
 
-def probe(held: Held, model: nn.Module) -> torch.Tensor:
-    """Log-probabilities fp32 [L, vocabulary] of the next token after each token of the probe."""
+@torch.inference_mode()
+def probe(held: Held, model: Any, prefix: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities fp32 [L, vocabulary] of the next token after each of the probe, behind a prefix if there is one."""
     ids = torch.tensor([held.prompt_ids(PROBE)], device=model.device)
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(() if prefix is None else prefix):
+        cache.update(keys[None], values[None], layer)
+    positions = cache.get_seq_length() + torch.arange(ids.shape[1], device=ids.device)[None]
+    logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
     return logits[0].float().log_softmax(-1)
 
 

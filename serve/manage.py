@@ -8,6 +8,7 @@ from serve import arguments as words
 from serve import curve, runtime, starter
 from serve.arguments import Arguments
 from serve.client import Client, connect
+from serve.engine import AdapterInfo
 from serve.errors import EXIT_DONE, UserError
 from serve.printable import printable
 from serve.runtime import Record
@@ -65,7 +66,7 @@ def describe(runs: tuple[str, ...], status: dict[str, Any]) -> str:
         f"speed       {status['tokens_per_second']:,} tokens/s now, {status['tokens']:,} tokens since the start",
         f"first token {first}; between tokens {between}",
         f"requests    {num_requests:,} ended" + (f": {endings}" if endings else ""),
-        *(_adapter(adapter) for adapter in info.get("adapters", ())),
+        *(_adapter(AdapterInfo(**fields)) for fields in info.get("adapters", ())),
         *(_engine(number, engine) for number, engine in enumerate(status["engines"])),
         f"memory      {memory / 2**20:,.0f} MiB in all processes",
         *(f"note        {note}" for note in info.get("notes", ())),
@@ -77,11 +78,10 @@ def _times(times: dict[str, float | None]) -> str:
     return ", ".join(f"{share} {value:,} ms" for share, value in times.items() if value is not None) or "none yet"
 
 
-def _adapter(adapter: dict[str, Any]) -> str:
-    key = f"{adapter['name']}@{adapter['digest']}" if adapter["digest"] else adapter["name"]
-    moved = "" if adapter["kl"] is None else f", {adapter['kl']:.3g} nats from the base"
-    where = f", from {adapter['run']}" if adapter["run"] else ""
-    return f"adapter     {key}: {adapter['method']}, context {adapter['context']:,} tokens{moved}{where}"
+def _adapter(adapter: AdapterInfo) -> str:
+    moved = "" if adapter.kl is None else f", {adapter.kl:.3g} nats from the base"
+    where = f", from {adapter.run}" if adapter.run else ""
+    return f"adapter     {adapter.key}: {adapter.method}, context {adapter.context:,} tokens{moved}{where}"
 
 
 def _engine(number: int, engine: dict[str, Any]) -> str:

@@ -87,9 +87,8 @@ class Rows:
 
     def _best_donor(self, adapter: str, ids: Sequence[int]) -> tuple[int, int]:
         """The row with the longest common beginning, and its length; the last id must be read in any case."""
-        shared = [
-            common_length(row.tokens, ids[:-1]) if row.adapter == adapter and row.tokens else 0 for row in self.rows
-        ]
+        readable = ids[:-1]
+        shared = [common_length(row.tokens, readable) if row.adapter == adapter else 0 for row in self.rows]
         # Of equal ones a free row: it can be taken in place.
         best = max(range(len(shared)), key=lambda i: (shared[i], self.rows[i].slot is None))
         return best, shared[best]

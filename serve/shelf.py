@@ -7,13 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
 from serve import adapters
 from serve.adapters import Adapter
 from serve.engine import BASE, AdapterError, AdapterInfo
-from serve.held import PROBE, Held, file_digest, kl
-from serve.layers import BASE_INDEX, AdaptedLinear, Batch, Part, multiply
+from serve.held import Held, file_digest, kl, probe
+from serve.layers import BASE_INDEX, AdaptedLinear, Batch, Part
 
 # An adapter that moves the next token by less changes nothing; adding zeros moves it by exactly nothing.
 LEAST_KL = 1e-9
@@ -124,20 +123,10 @@ class Shelf:
             self._untuned = self._probe(BASE_INDEX, None)
         return self._untuned
 
-    @torch.inference_mode()
     def _probe(self, index: int, prefix: torch.Tensor | None) -> torch.Tensor:
-        """Log-probabilities [L, vocabulary] on the fixed probe, away from the rows."""
-        ids = torch.tensor([self._held.prompt_ids(PROBE)], device=self._device)
-        cache = DynamicCache()
-        head = 0
-        if prefix is not None:
-            head = prefix.shape[3]
-            for layer, (keys, values) in enumerate(prefix):
-                cache.update(keys[None], values[None], layer)
+        """See `held.probe`; away from the rows."""
         self._batch.bind(torch.tensor([index], device=self._device), index)
-        positions = head + torch.arange(ids.shape[1], device=self._device)[None]
-        hidden = self._model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)[0]
-        return multiply(self._model.get_output_embeddings(), hidden[0]).float().log_softmax(-1)
+        return probe(self._held, self._model, prefix)
 
     def _adapt_layers(self) -> dict[str, AdaptedLinear]:
         """Put `AdaptedLinear` around the layers that adapters change, or that are quicker so."""

@@ -16,6 +16,7 @@ from serve.errors import UserError
 from serve.graphs import Graphs, bucket, record_cuda
 from serve.held import Held, Progress, hold_runs
 from serve.layers import BASE_INDEX, Batch, multiply
+from serve.load import Load
 from serve.rows import Rows
 from serve.sampler import Sampler
 from serve.settings import Settings
@@ -229,23 +230,15 @@ class SlotEngine:
         return multiply(self._head, hidden.to(self._head.weight.device)).float().to(self._device)
 
 
-def open_engine(
-    runs: Sequence[Path],
-    hold: str,
-    dtype: str,
-    settings: Settings,
-    progress: Progress,
-    device: int = 0,
-    num_devices: int = 1,
-) -> SlotEngine:
+def open_engine(load: Load, progress: Progress) -> SlotEngine:
     """An engine that serves these finished runs; raises `serve.errors.UserError`."""
-    held = hold_runs(runs, hold, dtype, settings.memory, progress, device, num_devices)
-    engine = SlotEngine(held, settings)
+    held = hold_runs(load, progress)
+    engine = SlotEngine(held, load.settings)
     if held.hold != "merged":
-        for number, run in enumerate(runs):
-            progress(f"loading the adapter {run.name}", number, len(runs))
+        for number, run in enumerate(load.runs):
+            progress(f"loading the adapter {Path(run).name}", number, len(load.runs))
             try:
-                engine.load_adapter(str(run))
+                engine.load_adapter(run)
             except AdapterError as fault:
                 raise UserError(str(fault)) from None
     return engine

@@ -73,6 +73,16 @@ def start(folder: Path, arguments: Arguments, *, is_child: bool) -> subprocess.P
         )
 
 
+def end(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """End a daemon that was started here: with a signal, and with force if it has not left after so long."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 async def wait_until_published(folder: Path, arguments: Arguments, process: subprocess.Popen[bytes]) -> runtime.Record:
     """The record of the daemon just started; raises with the line it left and its exit code if it failed."""
     for _ in range(int(PUBLISH_SECONDS / 0.02)):

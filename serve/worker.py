@@ -5,13 +5,11 @@ prompts that are not read yet, and gives every answer one more token: a long pro
 """
 
 import dataclasses
-import json
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import zmq
@@ -21,37 +19,14 @@ from serve.echo import EchoEngine
 from serve.engine import AdapterError, Engine, resolve
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
+from serve.load import Load
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
-from serve.settings import Settings
 from serve.slots import Request, SlotTable, num_read_together
 
 Send = Callable[[Message], None]
 PROGRESS_SECONDS = 0.05
 # So many steps in a row that fail: the device, not a request, is broken.
 MAX_FAILURES = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What an engine process shall hold. `device` is the number of its GPU; `num_devices` are there if one is too small."""
-
-    endpoint: str
-    runs: tuple[str, ...]
-    hold: str
-    dtype: str
-    settings: Settings = dataclasses.field(default_factory=Settings)
-    device: int = 0
-    num_devices: int = 1
-
-    def to_json(self) -> str:
-        """For the command line."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> "Load":
-        """The inverse of `to_json`."""
-        fields = json.loads(text)
-        return Load(**{**fields, "runs": tuple(fields["runs"]), "settings": Settings(**fields["settings"])})
 
 
 class Worker:
@@ -271,10 +246,7 @@ def build(load: Load, send: Send) -> Engine:
             last_stage, last_time = stage, now
             send(Message(Kind.PROGRESS, body={"stage": stage, "done": done, "total": total}))
 
-    return open_engine(
-        [Path(run) for run in load.runs], load.hold, load.dtype, load.settings, progress,
-        device=load.device, num_devices=load.num_devices,
-    )  # fmt: skip
+    return open_engine(load, progress)
 
 
 def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:

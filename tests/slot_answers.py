@@ -1,6 +1,7 @@
 """An engine in this process, and what it answers."""
 
 from launcher import models
+from serve.load import Load
 from serve.settings import Settings
 from serve.slot_engine import open_engine
 
@@ -10,7 +11,8 @@ NUM_TOKENS = 24
 def engine(runs, hold="auto", dtype="fp32", **settings):
     """The slot engine for these runs."""
     with models.quiet():
-        return open_engine(runs, hold, dtype, Settings(**{"context": 512, **settings}), lambda *_: None)
+        load = Load(tuple(map(str, runs)), hold, dtype, Settings(**{"context": 512, **settings}))
+        return open_engine(load, lambda *_: None)
 
 
 def answer(ours, asked, number=NUM_TOKENS):
