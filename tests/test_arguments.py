@@ -102,5 +102,6 @@ def test_make_refuses_before_it_sets_anything_up(tmp_path: Path, words: str) -> 
         ["make", target, word, f"VENV={tmp_path}/venv", f"PYTHON={python}"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.splitlines()[1].startswith("make: ")
+    # Run by a make, as the whole suite is, it calls itself make[1].
+    assert done.stderr.startswith("error: ") and done.stderr.splitlines()[1].startswith("make")
     assert not (tmp_path / "venv").exists()
