@@ -4,6 +4,7 @@ A conversation is cut into segments at the borders of the assistant's turns and 
 ids of a prompt are, by construction, a prefix of the ids that were trained, for every template and every tokenizer.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
@@ -45,7 +46,12 @@ class Rendered:
 
 def prompt_ids(tokenizer: Tokenizer, messages: list[Message]) -> list[int]:
     """The ids after which the assistant speaks: every turn so far and the generation prompt."""
-    return [i for text, _ in _segments(tokenizer, messages, prompt=True) for i in _tokenize(tokenizer, text)]
+    return [i for text in prompt_texts(tokenizer, messages) for i in tokenize(tokenizer, text)]
+
+
+def prompt_texts(tokenizer: Tokenizer, messages: list[Message]) -> Iterator[str]:
+    """The text of these ids in segments, each rendered when it is asked for."""
+    return (text for text, _ in _segments(tokenizer, messages, prompt=True))
 
 
 def render(tokenizer: Tokenizer, messages: list[Message]) -> Rendered:
@@ -58,7 +64,7 @@ def render(tokenizer: Tokenizer, messages: list[Message]) -> Rendered:
     ids = []
     trained: list[bool] = []
     for text, is_answer in _segments(tokenizer, messages, prompt=False):
-        segment = _tokenize(tokenizer, text)
+        segment = tokenize(tokenizer, text)
         stop = _stop_position(tokenizer, segment) if is_answer else -1
         ids += segment
         trained += [position <= stop for position in range(len(segment))]
@@ -72,18 +78,17 @@ def stop_ids(tokenizer: Tokenizer) -> list[int]:
     return sorted({rendered.ids[last], *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
 
 
-def _segments(tokenizer: Tokenizer, messages: list[Message], *, prompt: bool) -> list[tuple[str, bool]]:
+def _segments(tokenizer: Tokenizer, messages: list[Message], *, prompt: bool) -> Iterator[tuple[str, bool]]:
     """The rendered text in pieces, each with whether it is the assistant's answer."""
-    segments: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = _template(tokenizer, messages[:i], add_generation_prompt=True)
             after = _template(tokenizer, messages[: i + 1], add_generation_prompt=False)
-            segments += [(_after(done, before), False), (_after(before, after), True)]
+            yield _after(done, before), False
+            yield _after(before, after), True
             done = after
-    rest = _template(tokenizer, messages, add_generation_prompt=prompt)
-    return [*segments, (_after(done, rest), False)]
+    yield _after(done, _template(tokenizer, messages, add_generation_prompt=prompt)), False
 
 
 def _template(tokenizer: Tokenizer, messages: list[Message], *, add_generation_prompt: bool) -> str:
@@ -103,8 +108,8 @@ def _after(start: str, text: str) -> str:
     return text[len(start) :]
 
 
-def _tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Without added special tokens: the template has already written them, and a second BOS would do harm."""
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a segment. No special tokens are added: the template has written them, and a second BOS would do harm."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 

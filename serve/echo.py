@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from serve.engine import BASE, AdapterError, AdapterInfo, EngineInfo, Read, Sampling
+from serve.engine import BASE, AdapterError, AdapterInfo, EngineInfo, Read, Sampling, TooLongError
 
 CHUNK = 512
 
@@ -48,10 +48,12 @@ class EchoEngine:
         self._read: dict[int, tuple[int, int]] = {}
         self._answers: dict[int, list[int]] = {}
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def prompt_ids(self, messages: list[dict[str, Any]], context: int | None = None) -> list[int]:
         """One `TURN` token before the bytes of each message."""
         if messages[-1]["role"] != "user":
             raise ValueError("the last turn of a conversation must be the user's")
+        if context is not None and sum(len(message["content"]) for message in messages) > context:
+            raise TooLongError
         return [token for message in messages for token in (self.TURN, *message["content"].encode())]
 
     def detokenizer(self) -> Utf8Detokenizer:

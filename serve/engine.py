@@ -13,6 +13,10 @@ class AdapterError(ValueError):
     """An adapter that cannot be served, or is not there; one line that ends with what to try."""
 
 
+class TooLongError(ValueError):
+    """A conversation that certainly has more tokens than the context; they were not counted."""
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """Something that answers: the bare base, or a run's adapter, known by the digest of its file.
@@ -107,8 +111,11 @@ class Engine(Protocol):
         """What is loaded."""
         ...
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The conversation as tokens; raises `ValueError` (one line) for one that the template refuses."""
+    def prompt_ids(self, messages: list[dict[str, Any]], context: int | None = None) -> list[int]:
+        """The conversation as tokens; raises `ValueError` (one line) for one that the template refuses.
+
+        With a `context`, in tokens, it may raise `TooLongError` in place of counting what cannot fit.
+        """
         ...
 
     def detokenizer(self) -> Detokenizer:

@@ -12,14 +12,15 @@ from torch import nn
 from transformers import DynamicCache
 
 from launcher import models, reload, rundir
-from launcher.chat import prompt_ids
+from launcher.chat import prompt_texts, tokenize
 from launcher.config import Config, Quant
 from launcher.errors import UserError
 from launcher.memory import frozen_bytes
 from serve import adapters, errors
 from serve.adapters import WEIGHTS_FILE, Adapter
-from serve.engine import AdapterError
+from serve.engine import AdapterError, TooLongError
 from serve.load import Load
+from serve.token_bytes import measure
 
 Progress = Callable[[str, int, int], None]
 # The same for every base and adapter, so that figures can be compared.
@@ -48,12 +49,23 @@ class Held:
     tuned_kl: float | None = None
     notes: tuple[str, ...] = ()
 
-    def prompt_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The ids of a conversation up to where the assistant speaks; raises `ValueError` (one line)."""
+    def __post_init__(self) -> None:
+        self._token_bytes = measure(self.tokenizer)
+
+    def prompt_ids(self, messages: list[dict[str, Any]], context: int | None = None) -> list[int]:
+        """The ids of a conversation up to where the assistant speaks; raises `ValueError` (one line).
+
+        What cannot fit a `context` of so many tokens is not tokenised to its end, nor rendered: `TooLongError`.
+        """
+        ids: list[int] = []
         try:
-            return prompt_ids(self.tokenizer, messages)  # type: ignore[arg-type]
+            for text in prompt_texts(self.tokenizer, messages):  # type: ignore[arg-type]
+                if context is not None and len(ids) + self._token_bytes.least_tokens(text) > context:
+                    raise TooLongError
+                ids += tokenize(self.tokenizer, text)
         except UserError as error:
             raise ValueError(str(error)) from None
+        return ids
 
     def read_adapter(self, run: Path, layers: Mapping[str, nn.Module]) -> tuple[str, Adapter]:
         """(digest of its file, adapter) of a finished run for these layers of the base; raises `AdapterError`."""

@@ -55,7 +55,7 @@ class Code(enum.StrEnum):
     BAD_REQUEST = "E_BAD_REQUEST"
     UNSUPPORTED = "E_UNSUPPORTED"
     AUTH = "E_AUTH"
-    CONTEXT = "E_CONTEXT"  # {have, need, max} in tokens
+    CONTEXT = "E_CONTEXT"  # {have, need, max} in tokens, or {num_characters, max}
     QUEUE_FULL = "E_QUEUE_FULL"  # {waiting, max, retry_after_ms}
     DEADLINE = "E_DEADLINE"  # {deadline_ms, tokens}
     CANCELLED = "E_CANCELLED"  # {tokens}

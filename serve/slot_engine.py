@@ -74,9 +74,9 @@ class SlotEngine:
 
     # The face.
 
-    def prompt_ids(self, messages: list[dict]) -> list[int]:
+    def prompt_ids(self, messages: list[dict], context: int | None = None) -> list[int]:
         """The ids of a conversation up to where the assistant speaks, by the renderer that training used."""
-        return self._held.prompt_ids(messages)
+        return self._held.prompt_ids(messages, context)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental decoder for one answer."""

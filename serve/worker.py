@@ -16,17 +16,19 @@ import zmq
 
 from serve import submission
 from serve.echo import EchoEngine
-from serve.engine import AdapterError, Engine, resolve
+from serve.engine import AdapterError, AdapterInfo, Engine, TooLongError, resolve
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
 from serve.load import Load
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
 from serve.slots import Request, SlotTable, num_read_together
+from serve.submission import Submission
 
 Send = Callable[[Message], None]
 PROGRESS_SECONDS = 0.05
 # So many steps in a row that fail: the device, not a request, is broken.
 MAX_FAILURES = 3
+SHORTER = "try /reset or a shorter text"
 
 
 class Worker:
@@ -64,7 +66,7 @@ class Worker:
         try:
             handlers[message.kind](message)
         except ProtocolError as fault:
-            self._send(error(message.request, fault.code, str(fault)))
+            self._send(error(message.request, fault.code, str(fault), **fault.detail))
         except AdapterError as fault:
             code = Code.ADAPTER_INCOMPATIBLE if message.kind is Kind.LOAD else Code.NO_ADAPTER
             self._send(error(message.request, code, str(fault)))
@@ -89,17 +91,25 @@ class Worker:
     def _queue(self, message: Message) -> None:
         asked = submission.parse(message.body, message.request)
         adapter = resolve(self.engine.info.adapters, asked.adapter)
-        ids = self.engine.prompt_ids(asked.messages)
+        ids = self._prompt_ids(asked, adapter, message.request)
         if len(ids) >= adapter.context:
-            text = f"the conversation is {len(ids)} tokens and the model holds {adapter.context}"
+            text = f"the conversation is {len(ids)} tokens and the model holds {adapter.context}; {SHORTER}"
             counts = {"have": len(ids), "need": len(ids) + 1, "max": adapter.context}
-            self._send(error(message.request, Code.CONTEXT, f"{text}; try /reset or a shorter text", **counts))
-            return
+            raise ProtocolError(Code.CONTEXT, text, message.request, **counts)
         client = message.body.get("client", 0)
         request = Request(message.request, client, ids, asked, adapter, self.engine.detokenizer())
         self.table.add(request)
         body = {"prompt_tokens": len(ids), "adapter": adapter.key, "max_tokens": request.limit}
         self._send(Message(Kind.ACCEPTED, request.id, body))
+
+    def _prompt_ids(self, asked: Submission, adapter: AdapterInfo, request: bytes) -> list[int]:
+        try:
+            return self.engine.prompt_ids(asked.messages, adapter.context)
+        except TooLongError:
+            number = sum(len(turn["content"]) for turn in asked.messages)
+            text = f"the conversation is {number} characters, more than {adapter.context} tokens can be (not counted)"
+            counts = {"num_characters": number, "max": adapter.context}
+            raise ProtocolError(Code.CONTEXT, f"{text}; {SHORTER}", request, **counts) from None
 
     def _cancel(self, message: Message) -> None:
         slot = self.table.find(message.request)
@@ -115,7 +125,7 @@ class Worker:
     def _tokenize(self, message: Message) -> None:
         asked = submission.parse(message.body, message.request)
         adapter = resolve(self.engine.info.adapters, asked.adapter)
-        tokens = len(self.engine.prompt_ids(asked.messages))
+        tokens = len(self._prompt_ids(asked, adapter, message.request))
         body = {"tokens": tokens, "context": adapter.context, "adapter": adapter.key}
         self._send(Message(Kind.TOKENIZE, message.request, body))
 

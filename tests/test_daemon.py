@@ -125,9 +125,14 @@ def test_bad_requests_end_only_themselves(box: Box) -> None:
         for options in ({"temperature": float("nan")}, {"top_k": -1}, {"max_tokens": 0}, {"session": b"guess"}):
             _, last = bad.collect(bad.submit("x", **options))
             assert last.body["code"] == "E_BAD_REQUEST"
-        _, last = bad.collect(bad.submit("x" * 5000))
-        assert last.body["code"] == "E_CONTEXT"
-        assert last.body["detail"] == {"have": 5001, "need": 5002, "max": 2048}
+        for length, counts in (
+            (2047, {"have": 2048, "need": 2049, "max": 2048}),
+            (2**22, {"num_characters": 2**22, "max": 2048}),
+        ):
+            _, last = bad.collect(bad.submit("x" * length))
+            assert (last.body["code"], last.body["detail"]) == ("E_CONTEXT", counts)
+        turns = [{"role": "user", "content": "x" * 2**22}]
+        assert bad.ask(Kind.TOKENIZE, messages=turns).body["detail"] == {"num_characters": 2**22, "max": 2048}
         refused = os.urandom(16)
         turns = [{"role": "assistant", "content": "x"}]
         bad.send("data", Message(Kind.SUBMIT, refused, {"messages": turns, "session": bad.session}))
