@@ -7,7 +7,7 @@ from typing import Any
 
 import msgpack
 
-from serve.protocol import ADMIN, MAGIC, MAX_MESSAGE_BYTES, VERSION, Kind
+from serve.protocol import ADMIN, MAGIC, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, VERSION, Kind
 
 DATA, CONTROL = "data", "control"
 NUMBERS: tuple[Any, ...] = (
@@ -208,7 +208,7 @@ def administration(draw: Draw) -> tuple[str, list[bytes]]:
 
 def tokenize(draw: Draw) -> tuple[str, list[bytes]]:
     """Questions without sense, and now and then about megabytes."""
-    size = 4 * 2**20 if draw.is_big() else draw.random.randint(0, 5000)
+    size = MAX_CONTROL_BYTES - 1000 if draw.is_big() else draw.random.randint(0, 5000)
     turns = draw.random.choice(([{"role": "user", "content": "palabra " * (size // 8)}], [], None, [3]))
     return CONTROL, frames(
         b"K", draw.id(), {"messages": turns, "adapter": draw.random.choice((None, "base", "no", 3, "@", "base@ff"))}

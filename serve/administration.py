@@ -12,11 +12,16 @@ from typing import Any
 
 from serve.fleet import Fleet
 from serve.open_requests import Lane, Sent
-from serve.protocol import ADMIN, NO_REQUEST, Code, Kind, Message, error
+from serve.protocol import ADMIN, NO_REQUEST, Code, Kind, Message, encode, error
 
 # A question whose asker or engine is gone is dropped after so long.
 PATIENCE_SECONDS = 300.0
-MAX_QUESTIONS = 256
+# What the questions that wait for an engine may take together; a short one counts as so much.
+MAX_QUESTION_BYTES = 16 * 2**20
+LEAST_QUESTION_BYTES = 64 * 2**10
+RETRY_MS = 500
+# What an engine needs of a question; it need not know the token.
+ASKED = ("messages", "adapter", "run")
 
 
 @dataclass
@@ -24,8 +29,11 @@ class Question:
     """Who asked what, and which engines have not replied. Engines know it by an id that the daemon drew."""
 
     asker: bytes
-    message: Message
+    kind: Kind
+    request: bytes
+    num_bytes: int
     engines: set[int]
+    run: str = ""
     done: list[int] = field(default_factory=list)
     fault: Message | None = None
     reply: Message | None = None
@@ -80,21 +88,24 @@ class Administration:
         ready = set(self._fleet.ready)
         now = time.monotonic()
         self._questions = {i: q for i, q in self._questions.items() if now - q.asked < PATIENCE_SECONDS}
-        refusal = None
-        if not ready:
-            refusal = error(message.request, Code.LOADING, "no engine is ready yet; try again in a moment")
-        elif len(self._questions) >= MAX_QUESTIONS:
-            refusal = error(message.request, Code.QUEUE_FULL, "too many questions at once; try again in a moment")
-        if refusal is not None:
-            self._send(Lane.CONTROL, sender, refusal)
-            return
-        asked = {min(ready)} if message.kind is Kind.TOKENIZE else ready
         # Not by the id that the asker chose: it may be that of a request of somebody else's.
         inner = secrets.token_bytes(len(NO_REQUEST))
-        self._questions[inner] = Question(sender, message, set(asked))
-        body = {name: value for name, value in message.body.items() if name != "admin"}
-        for number in asked:
-            self._forward(number, Message(message.kind, inner, body))
+        question = Message(message.kind, inner, {key: message.body[key] for key in ASKED if key in message.body})
+        waiting = sum(question.num_bytes for question in self._questions.values())
+        num_bytes = max(len(encode(question)[-1]), LEAST_QUESTION_BYTES)
+        if not ready:
+            refusal = error(message.request, Code.LOADING, "no engine is ready yet; try again in a moment")
+            self._send(Lane.CONTROL, sender, refusal)
+        elif waiting + num_bytes > MAX_QUESTION_BYTES:
+            text = f"too many questions at once; try again in {RETRY_MS / 1e3:.1f} s"
+            counts = {"waiting": waiting, "max": MAX_QUESTION_BYTES, "retry_after_ms": RETRY_MS}
+            self._send(Lane.CONTROL, sender, error(message.request, Code.QUEUE_FULL, text, **counts))
+        else:
+            asked = {min(ready)} if message.kind is Kind.TOKENIZE else ready
+            run = message.body.get("run", "")
+            self._questions[inner] = Question(sender, message.kind, message.request, num_bytes, set(asked), run)
+            for number in asked:
+                self._forward(number, question)
 
     def on_engine(self, number: int, message: Message) -> bool:
         """Take an engine's reply, or its news of adapters; False if it is about a request."""
@@ -124,7 +135,7 @@ class Administration:
             self.on_engine(number, error(inner, Code.ENGINE, f"{why}; try again"))
 
     def _answer(self, question: Question) -> None:
-        kind, request = question.message.kind, question.message.request
+        kind, request = question.kind, question.request
         if question.fault is not None:
             if kind is Kind.LOAD and question.reply is not None:
                 for number in question.done:
@@ -140,7 +151,7 @@ class Administration:
         what = "loaded" if kind is Kind.LOAD else "unloaded"
         name = body[what].partition("@")[0]
         if kind is Kind.LOAD:
-            run = self.runs[name] = question.message.body["run"]
+            run = self.runs[name] = question.run
             for number in self._fleet.ready.keys() - set(question.done):
                 # It became ready in the meantime.
                 self._forward(number, Message(Kind.LOAD, NO_REQUEST, {"run": run}))

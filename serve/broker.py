@@ -16,12 +16,11 @@ from serve.clients import Clients
 from serve.engine import AdapterError, resolve
 from serve.figures import Figures
 from serve.fleet import EngineState, Fleet
+from serve.limits import limits
 from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
 from serve.protocol import (
     CREDIT_WINDOW,
-    MAX_MESSAGE_BYTES,
     NO_REQUEST,
-    PING_SECONDS,
     SILENCE_SECONDS,
     VERSION,
     Code,
@@ -129,17 +128,9 @@ class Broker:
                 self._send(Lane.CONTROL, sender, self._progress)
 
     def _welcome(self, session: Session) -> None:
-        limits = {
-            "queue": self._settings.queue,
-            "share": self._settings.share,
-            "credit": CREDIT_WINDOW,
-            "message_bytes": MAX_MESSAGE_BYTES,
-            "ping_seconds": PING_SECONDS,
-            "silence_seconds": SILENCE_SECONDS,
-        }
         body = {"proto": VERSION, "epoch": self.epoch, "session": session.secret, "state": self.state}
         self._send(
-            Lane.CONTROL, session.control, Message(Kind.WELCOME, body={**body, "info": self.info, "limits": limits})
+            Lane.CONTROL, session.control, Message(Kind.WELCOME, body={**body, "info": self.info, "limits": limits(self._settings)})
         )
 
     def _submit(self, sender: bytes, message: Message) -> None:

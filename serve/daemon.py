@@ -23,11 +23,13 @@ from serve.lifeline import follow_parent
 from serve.metrics import serve_metrics
 from serve.open_requests import Lane, Sent
 from serve.progress import Progress
-from serve.protocol import MAX_MESSAGE_BYTES, Code, Kind, Message, ProtocolError, decode, encode
+from serve.protocol import MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, Code, Kind, Message, ProtocolError, decode, encode
 from serve.wire import send_now
 
 TICK_SECONDS = 0.1
 LINGER_MS = 1000
+# Messages of one connection that are taken before they are read; each may be as long as its socket allows.
+UNREAD = {Lane.DATA: 4, Lane.CONTROL: 16}
 
 
 class Daemon:
@@ -64,7 +66,8 @@ class Daemon:
     def _router(self, lane: Lane) -> zmq.asyncio.Socket:
         router = self._context.socket(zmq.ROUTER)
         router.set(zmq.ROUTER_MANDATORY, 1)
-        router.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        router.set(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES if lane is Lane.DATA else MAX_CONTROL_BYTES)
+        router.set(zmq.RCVHWM, UNREAD[lane])
         if self._pair is not None:
             curve.guard_router(router, self._pair)
             curve.bind(router, self._arguments.listen, int(lane is Lane.CONTROL))

@@ -15,6 +15,10 @@ MAGIC = b"CHT1"
 VERSION = 1
 NO_REQUEST = bytes(16)
 MAX_MESSAGE_BYTES = 8 * 2**20
+# Only TOKENIZE is long there.
+MAX_CONTROL_BYTES = 2 * 2**20
+MAX_LIST_ITEMS = 10_000
+MAX_MAP_KEYS = 64
 # Deltas that a client is sent before it must grant more; a slow reader gets longer ones, never fewer words.
 CREDIT_WINDOW = 256
 PING_SECONDS = 2.0
@@ -121,7 +125,7 @@ def encode(message: Message) -> list[bytes]:
     return [MAGIC, message.kind.value, message.request, msgpack.packb(message.body, use_bin_type=True)]
 
 
-def decode(frames: list[bytes]) -> Message:
+def decode(frames: list[bytes], max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
     """The message in four frames (without a routing id); raises `ProtocolError` for anything else."""
     if len(frames) != 4 or frames[0] != MAGIC or len(frames[2]) != len(NO_REQUEST):
         raise ProtocolError(Code.BAD_REQUEST, "not a message: expected [CHT1][type][request id of 16 bytes][body]")
@@ -130,7 +134,7 @@ def decode(frames: list[bytes]) -> Message:
         kind = Kind(type_byte)
     except ValueError:
         raise ProtocolError(Code.UNSUPPORTED, f"unknown message type {type_byte[:8]!r}", request) from None
-    body = _unpack(packed, request)
+    body = _unpack(packed, request, max_bytes)
     for name, expected in REQUIRED[kind].items():
         # `type(...) is` and not isinstance: True is an int for isinstance.
         if type(body.get(name)) is not expected:
@@ -144,12 +148,17 @@ def error(request: bytes, code: Code, message: str, **detail: Any) -> Message:
     return Message(Kind.ERROR, request, body)
 
 
-def _unpack(packed: bytes, request: bytes) -> dict[str, Any]:
-    if len(packed) > MAX_MESSAGE_BYTES:
-        raise ProtocolError(Code.BAD_REQUEST, f"the body is larger than {MAX_MESSAGE_BYTES} bytes", request)
+def _unpack(packed: bytes, request: bytes, max_bytes: int) -> dict[str, Any]:
+    if len(packed) > max_bytes:
+        raise ProtocolError(Code.BAD_REQUEST, f"the body is larger than {max_bytes} bytes", request)
     try:
         body = msgpack.unpackb(
-            packed, raw=False, strict_map_key=True, max_array_len=10_000, max_map_len=64, max_ext_len=0
+            packed,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_LIST_ITEMS,
+            max_map_len=MAX_MAP_KEYS,
+            max_ext_len=0,
         )
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as fault:
         raise ProtocolError(Code.BAD_REQUEST, f"the body is not msgpack: {type(fault).__name__}", request) from None

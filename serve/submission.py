@@ -15,6 +15,7 @@ MAX_SEED = 2**63 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def parse(body: dict[str, Any], request: bytes) -> Submission:
 
     limit, deadline, adapter = body.get("max_tokens"), body.get("deadline_ms"), body.get("adapter")
     wants_ids = body.get("wants_ids", False)
-    check("max_tokens", limit, limit is None or _is_whole(limit, 1, 2**31), "a whole number above 0")
+    check("max_tokens", limit, limit is None or _is_whole(limit, 1, MAX_TOKENS), "a whole number above 0")
     rule = f"a whole number of milliseconds from 1 to {MAX_DEADLINE_MS}"
     check("deadline_ms", deadline, deadline is None or _is_whole(deadline, 1, MAX_DEADLINE_MS), rule)
     check("adapter", adapter, adapter is None or isinstance(adapter, str), "a name, or name@digest")

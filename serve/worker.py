@@ -20,7 +20,7 @@ from serve.engine import AdapterError, AdapterInfo, Engine, TooLongError, resolv
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
 from serve.load import Load
-from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
+from serve.protocol import MAX_MESSAGE_BYTES, NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
 from serve.slots import Request, SlotTable, num_read_together
 from serve.submission import Submission
 
@@ -44,15 +44,6 @@ class Worker:
     def is_idle(self) -> bool:
         """Whether there is nothing to do until a message comes."""
         return not self.table.occupied and not self.table.waiting
-
-    def receive_frames(self, frames: list[bytes]) -> None:
-        """Like `receive`; what cannot be read, such as a conversation at the very limit of the size, is answered."""
-        try:
-            message = decode(frames)
-        except ProtocolError as fault:
-            self._send(error(fault.request, fault.code, str(fault)))
-        else:
-            self.receive(message)
 
     def receive(self, message: Message) -> None:
         """Take a message of the daemon's; whatever is wrong with it is answered with an ERROR."""
@@ -263,7 +254,8 @@ def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
     """Serve for ever: sleep while there is nothing to do, never wait while somebody wants a token."""
     while True:
         while worker.is_idle or link.poll(0):
-            worker.receive_frames(link.recv_multipart())
+            # What the daemon adds to a conversation at the very limit of the size is not held against it.
+            worker.receive(decode(link.recv_multipart(), 2 * MAX_MESSAGE_BYTES))
         worker.turn()
 
 

@@ -140,7 +140,7 @@ class RawClient:
         self.send("control", Message(Kind.HELLO, body={"proto": [1], "session": self.session}))
         welcome = self.receive("control")
         assert welcome.kind is Kind.WELCOME
-        self.session = welcome.body["session"]
+        self.session, self.limits = welcome.body["session"], welcome.body["limits"]
         return self
 
     def __exit__(self, *_: object) -> None:

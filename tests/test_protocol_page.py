@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 
+from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES
+from serve.daemon import UNREAD
+from serve.limits import limits
+from serve.open_requests import Lane
 from serve.protocol import ADMIN, REQUIRED, RETRYABLE, Code, Kind, Message, decode, encode
+from serve.settings import Settings
 from serve.submission import Submission
 from tests.serve_fixtures import ROOT, Box, RawClient, box
 
@@ -86,6 +91,20 @@ def test_required_keys_and_examples(kind: Kind) -> None:
     assert decode(encode(Message(kind, ID, section.example))).body == section.example
     check_keys(kind, section.example)
     assert ("admin" in section.keys) == (kind in ADMIN) == any(way.startswith("admin ") for way in section.ways)
+
+
+def test_the_page_has_every_limit_with_its_number() -> None:
+    told = limits(Settings())
+    page = PAGE.partition("### `HELLO`")[0]
+    table = {name: row[1] for row in rows(page) for name in words_of(row[0])}
+    assert SECTIONS["WELCOME"].example["limits"] == told
+    bounds = {"queue": "`serve.queue`, `serve.share`", "share": "`serve.queue`, `serve.share`"}
+    assert told.keys() - table.keys() == {"credit", "ping_seconds", "silence_seconds"}
+    assert {name: table[name] for name in told.keys() & table.keys()} == {
+        name: bounds.get(name, str(told[name])) for name in told.keys() & table.keys()
+    }
+    assert f"{UNREAD[Lane.DATA]} on data, {UNREAD[Lane.CONTROL]} on control" in page
+    assert f"{MAX_QUESTION_BYTES} bytes in all, each at least {LEAST_QUESTION_BYTES}" in page
 
 
 def test_every_option_of_a_submission_is_on_the_page() -> None:

@@ -1,0 +1,117 @@
+"""What the daemon takes at most, of one message, of one connection and of all: told before, and refused beyond."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+
+from serve import runtime
+from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, RETRY_MS
+from serve.arguments import parse
+from serve.daemon import UNREAD, Daemon
+from serve.open_requests import Lane
+from serve.protocol import Kind, Message, encode
+from tests.serve_fixtures import Box, RawClient, box, wait_until
+
+__all__ = ["box"]
+TURN = {"role": "user", "content": "x"}
+Fields = Callable[[int], dict[str, Any]]
+
+
+def filled(body: dict[str, Any], size: int) -> dict[str, Any]:
+    """The body with a text so long that it is packed into `size` bytes."""
+
+    def made(length: int) -> dict[str, Any]:
+        return {**body, "messages": [{**TURN, "content": "x" * length}]}
+
+    packed = made(size + size - len(msgpack.packb(made(size))))
+    assert len(msgpack.packb(packed)) == size
+    return packed
+
+
+BOUNDS: dict[str, Fields] = {
+    "list_items": lambda n: {"messages": [TURN] * n},
+    # The conversation and the session are keys too.
+    "map_keys": lambda n: {f"unknown{i}": i for i in range(n - 2)},
+    "stops": lambda n: {"stop": ["x"] * n},
+    "stop_characters": lambda n: {"stop": ["x" * n]},
+    "deadline_ms": lambda n: {"deadline_ms": n},
+    "max_tokens": lambda n: {"max_tokens": n},
+}
+
+
+def test_a_submission_may_have_what_welcome_tells_and_no_more(box: Box) -> None:
+    box.daemon()
+    with RawClient(box.record()) as client:
+        for name, fields in BOUNDS.items():
+            most = int(client.limits[name])
+            codes = [client.collect(client.submit("x", **fields(n)))[1].body.get("code") for n in (most, most + 1)]
+            # So many turns are more than the context, but they were understood.
+            assert codes == [{"list_items": "E_CONTEXT"}.get(name), "E_BAD_REQUEST"], name
+        body = {"session": client.session}
+        request, most = os.urandom(16), int(client.limits["message_bytes"])
+        client.send("data", Message(Kind.SUBMIT, request, filled(body, most)))
+        assert client.collect(request)[1].body["code"] == "E_CONTEXT"
+        client.send("data", Message(Kind.SUBMIT, os.urandom(16), filled(body, most + 1)))
+        # The connection was dropped, and made anew by the client's socket.
+        assert client.is_quiet()
+        assert client.collect(client.submit("x"))[1].kind is Kind.DONE
+        most = int(client.limits["control_bytes"])
+        assert client.ask(Kind.TOKENIZE, **filled({}, most)).body["code"] == "E_CONTEXT"
+        client.send("control", Message(Kind.TOKENIZE, os.urandom(16), filled({}, most + 1)))
+        wait_until(lambda: client.ask(Kind.STATUS).body.get("message") == "say HELLO first")
+
+
+@pytest.mark.parametrize("size", [2**20, 10])
+def test_questions_that_wait_are_bounded_in_bytes(box: Box, size: int) -> None:
+    # No question is answered while a step lasts.
+    box.daemon(1.0)
+    with RawClient(box.record()) as client:
+        client.submit("x" * 9)
+        wait_until(lambda: client.status()["busy_slots"] == 1)
+        question = filled({}, size + 100)
+        each = max(size + 100, LEAST_QUESTION_BYTES)
+        ids = [os.urandom(16) for _ in range(MAX_QUESTION_BYTES // each + 1)]
+        for request in ids:
+            client.send("control", Message(Kind.TOKENIZE, request, question))
+        answers = {message.request: message for message in (client.receive("control") for _ in ids)}
+        refused = answers[ids[-1]]
+        assert [a.request for a in answers.values() if a.body.get("code") == "E_QUEUE_FULL"] == [ids[-1]]
+        assert refused.body["retryable"] and refused.body["detail"] == {
+            "waiting": (len(ids) - 1) * each,
+            "max": MAX_QUESTION_BYTES,
+            "retry_after_ms": RETRY_MS,
+        }
+        # Before the others, whose turn comes when the step is over.
+        assert next(iter(answers)) == ids[-1]
+        # All of them were answered: there is room again.
+        assert client.ask(Kind.TOKENIZE, **question).body.get("code") != "E_QUEUE_FULL"
+
+
+@pytest.mark.parametrize("lane", Lane)
+def test_what_a_connection_sends_is_taken_only_as_it_is_read(box: Box, lane: Lane, monkeypatch: Any) -> None:
+    monkeypatch.setenv("AFINAR_RUNTIME_DIR", str(box.runtime))
+
+    async def flood() -> int:
+        """How many messages a daemon takes that reads none."""
+        folder = runtime.directory()
+        daemon = Daemon(parse("daemon", ["HOLD=echo"]), folder)
+        with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.set(zmq.LINGER, 0)
+            dealer.set(zmq.SNDHWM, 1)
+            dealer.connect(f"ipc://{Path(folder) / f'echo.{lane.value}'}")
+            number = 0
+            while dealer.poll(500, zmq.POLLOUT):
+                dealer.send_multipart(encode(Message(Kind.TOKENIZE, bytes(16), filled({}, 2**20))))
+                number += 1
+        daemon._context.destroy(linger=0)
+        return number
+
+    taken = asyncio.run(flood())
+    # Some lie in the buffers of both sides.
+    assert UNREAD[lane] <= taken <= UNREAD[lane] + 4
