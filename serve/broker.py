@@ -83,7 +83,7 @@ class Broker:
         if session is None:
             self._send(Lane.CONTROL, sender, error(message.request, Code.BAD_REQUEST, "say HELLO first"))
             return
-        session.seen()
+        session.spoke()
         if message.kind is Kind.PING:
             request = self._requests.get(message.request)
             is_attached = request is not None and request.session is session and request.lost_at is None
@@ -107,7 +107,7 @@ class Broker:
         elif message.kind is Kind.CREDIT:
             request = self._requests.get(message.request)
             if request is not None and request.data == sender:
-                request.session.seen()
+                request.session.spoke()
                 request.credit = min(request.credit + max(message.body["count"], 0), CREDIT_WINDOW)
                 self._deliver(request)
         else:
@@ -137,7 +137,7 @@ class Broker:
         session = self._clients.holding(message.body.get("session"))
         if session is None:
             raise ProtocolError(Code.BAD_REQUEST, "say HELLO on control and give its session here", message.request)
-        session.seen()
+        session.spoke()
         if self._is_known(sender, session, message):
             return
         asked = submission.parse(message.body, message.request)

@@ -53,8 +53,8 @@ class Clients:
         session.control = sender
         self._by_control[sender] = session
         session.seen()
-        while len(self._by_control) > MAX_SESSIONS:
-            self._forget(min(self._by_control.values(), key=lambda s: s.last_seen))
+        if len(self._by_control) > MAX_SESSIONS:
+            self._make_room(session)
         return session
 
     def tell(self, message: Message) -> None:
@@ -72,6 +72,15 @@ class Clients:
                 session.last_probe = now
                 if self._send(Lane.CONTROL, session.control, pong) is Sent.GONE:
                     session.gone_at = now
+
+    def _make_room(self, newcomer: Session) -> None:
+        """Forget the older half of those that have gone or only said HELLO, else the one that was silent for longest."""
+        others = [session for session in self._by_control.values() if session is not newcomer]
+        idle = [session for session in others if session.gone_at is not None or not session.has_spoken]
+        # Half of them: in a flood, not every HELLO shall look through all sessions.
+        idle.sort(key=lambda session: (session.gone_at is None, session.last_seen))
+        for session in idle[: len(idle) // 2 + 1] or [min(others, key=lambda session: session.last_seen)]:
+            self._forget(session)
 
     def _forget(self, session: Session) -> None:
         self._on_forget(session)

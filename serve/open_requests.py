@@ -35,7 +35,7 @@ class Sent(enum.Enum):
 class Session:
     """One client. `control` is its routing id there; `secret` lets it speak on the data socket, and come back.
 
-    `gone_at` is when it was found to have gone; `cancelled` are ids whose CANCEL overtook their SUBMIT.
+    `gone_at` is when it was found to have gone; `has_spoken` on after its HELLO; `cancelled` are ids whose CANCEL overtook their SUBMIT.
     """
 
     control: bytes
@@ -44,11 +44,17 @@ class Session:
     last_seen: float = field(default_factory=time.monotonic)
     last_probe: float = field(default_factory=time.monotonic)
     gone_at: float | None = None
+    has_spoken: bool = False
     cancelled: list[bytes] = field(default_factory=list)
 
     def seen(self) -> None:
-        """It has spoken."""
+        """It is there."""
         self.last_seen, self.gone_at = time.monotonic(), None
+
+    def spoke(self) -> None:
+        """It is there, and wants something."""
+        self.seen()
+        self.has_spoken = True
 
 
 @dataclass(eq=False)

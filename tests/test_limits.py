@@ -13,6 +13,7 @@ import zmq
 from serve import runtime
 from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, RETRY_MS
 from serve.arguments import parse
+from serve.clients import MAX_SESSIONS
 from serve.daemon import UNREAD, Daemon
 from serve.open_requests import Lane
 from serve.protocol import Kind, Message, encode
@@ -115,3 +116,19 @@ def test_what_a_connection_sends_is_taken_only_as_it_is_read(box: Box, lane: Lan
     taken = asyncio.run(flood())
     # Some lie in the buffers of both sides.
     assert UNREAD[lane] <= taken <= UNREAD[lane] + 4
+
+
+def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box) -> None:
+    box.daemon()
+    record = box.record()
+    with RawClient(record) as quiet, RawClient(record) as newcomer, zmq.Context() as context:
+        assert quiet.status()["state"] == "ready"
+        for _ in range(MAX_SESSIONS + 10):
+            with context.socket(zmq.DEALER) as dealer:
+                dealer.connect(record.control)
+                dealer.send_multipart(encode(Message(Kind.HELLO, body={"proto": [1]})))
+                assert dealer.poll(5000)
+        assert quiet.status()["state"] == "ready"
+        assert quiet.collect(quiet.submit("x"))[1].kind is Kind.DONE
+        # It had only said HELLO, long ago.
+        assert newcomer.ask(Kind.STATUS).body["code"] == "E_BAD_REQUEST"
