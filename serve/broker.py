@@ -18,6 +18,7 @@ from serve.figures import Figures
 from serve.fleet import EngineState, Fleet
 from serve.limits import limits
 from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
+from serve.outbox import Outbox
 from serve.protocol import (
     CREDIT_WINDOW,
     NO_REQUEST,
@@ -55,6 +56,7 @@ class Broker:
         rss_bytes: Callable[[int], int] = lambda pid: 0,
     ) -> None:
         self._rss_bytes = rss_bytes
+        self._outbox = Outbox(send)
         self._send, self._forward, self._settings, self._log = send, forward, settings, log
         self.epoch = secrets.token_hex(8)
         self.state = "loading"
@@ -65,7 +67,7 @@ class Broker:
         self._requests: dict[bytes, OpenRequest] = {}
         self._remembered = Remembered()
         self._places_told = 0.0
-        self.administration = Administration(send, forward, self.fleet, admin, self.status, on_leave, log)
+        self.administration = Administration(self._outbox.send, forward, self.fleet, admin, self.status, on_leave, log)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class Broker:
             return
         session = self._clients.speaking(sender)
         if session is None:
-            self._send(Lane.CONTROL, sender, error(message.request, Code.BAD_REQUEST, "say HELLO first"))
+            self._outbox.send(Lane.CONTROL, sender, error(message.request, Code.BAD_REQUEST, "say HELLO first"))
             return
         session.spoke()
         if message.kind is Kind.PING:
@@ -90,12 +92,12 @@ class Broker:
             body = {"epoch": self.epoch, "attached": is_attached}
             self._send(Lane.CONTROL, sender, Message(Kind.PONG, message.request, body))
         elif message.kind is Kind.STATUS:
-            self._send(Lane.CONTROL, sender, Message(Kind.STATUS, message.request, self.status()))
+            self._outbox.send(Lane.CONTROL, sender, Message(Kind.STATUS, message.request, self.status()))
         elif message.kind is Kind.CANCEL:
             self._on_cancel(session, message.request)
         elif not self.administration.on_control(sender, message):
             refusal = error(message.request, Code.UNSUPPORTED, f"{message.kind.name} does not belong on control")
-            self._send(Lane.CONTROL, sender, refusal)
+            self._outbox.send(Lane.CONTROL, sender, refusal)
 
     def on_data(self, sender: bytes, message: Message) -> None:
         """SUBMIT or CREDIT."""
@@ -103,7 +105,7 @@ class Broker:
             try:
                 self._submit(sender, message)
             except ProtocolError as fault:
-                self._send(Lane.DATA, sender, error(fault.request, fault.code, str(fault), **fault.detail))
+                self._outbox.send(Lane.DATA, sender, error(fault.request, fault.code, str(fault), **fault.detail))
         elif message.kind is Kind.CREDIT:
             request = self._requests.get(message.request)
             if request is not None and request.data == sender:
@@ -112,13 +114,13 @@ class Broker:
                 self._deliver(request)
         else:
             refusal = error(message.request, Code.UNSUPPORTED, f"{message.kind.name} does not belong on data")
-            self._send(Lane.DATA, sender, refusal)
+            self._outbox.send(Lane.DATA, sender, refusal)
 
     def refuse(self, lane: Lane, sender: bytes, fault: ProtocolError) -> None:
         """Answer frames that are no message of ours."""
         # An open request keeps its one ERROR or DONE for its own end.
         if fault.request not in self._requests:
-            self._send(lane, sender, error(fault.request, fault.code, str(fault)))
+            self._outbox.send(lane, sender, error(fault.request, fault.code, str(fault)))
 
     def _greet(self, sender: bytes, message: Message) -> None:
         session = self._clients.greet(sender, message)
@@ -129,16 +131,15 @@ class Broker:
 
     def _welcome(self, session: Session) -> None:
         body = {"proto": VERSION, "epoch": self.epoch, "session": session.secret, "state": self.state}
-        self._send(
-            Lane.CONTROL, session.control, Message(Kind.WELCOME, body={**body, "info": self.info, "limits": limits(self._settings)})
-        )
+        body |= {"info": self.info, "limits": limits(self._settings)}
+        self._outbox.send(Lane.CONTROL, session.control, Message(Kind.WELCOME, body=body))
 
     def _submit(self, sender: bytes, message: Message) -> None:
         session = self._clients.holding(message.body.get("session"))
         if session is None:
             raise ProtocolError(Code.BAD_REQUEST, "say HELLO on control and give its session here", message.request)
         session.spoke()
-        if self._is_known(sender, session, message):
+        if self._is_known(sender, session, message) or self._outbox.holds(Lane.DATA, sender, message.request):
             return
         asked = submission.parse(message.body, message.request)
         if asked.sampling.seed is None:
@@ -163,8 +164,6 @@ class Broker:
         if message.request not in self._requests:
             self._requests[message.request] = self._remembered.take(message.request)
         request.replay(sender, have if type(have) is int and 0 <= have <= len(request.texts) else 0)
-        if request.accepted is not None:
-            self._send(Lane.DATA, sender, request.accepted)
         self._deliver(request)
         return True
 
@@ -274,11 +273,11 @@ class Broker:
             waiting = self._waiting()
             request.place = waiting.index(request) if request in waiting else 0
             body = {**message.body, "position": request.place, **dataclasses.asdict(request.asked.sampling)}
-            request.accepted = Message(Kind.ACCEPTED, request.id, body)
-            self._send(Lane.DATA, request.data, request.accepted)
+            request.accepted = request.accepted_due = Message(Kind.ACCEPTED, request.id, body)
+            self._deliver(request)
         elif message.kind is Kind.PROGRESS:
             request.is_in_slot = True
-            self._send(Lane.DATA, request.data, message)
+            self._tell(request, message)
         elif message.kind is Kind.DELTA:
             self._on_words(request, message)
             self._deliver(request)
@@ -297,12 +296,16 @@ class Broker:
         request.ids += message.body.get("ids", ())
 
     def _deliver(self, request: OpenRequest) -> None:
-        """Send what may be sent: deltas on credit, and the rest, which needs none, together with the last message."""
+        """Send what may be sent: ACCEPTED, deltas on credit, and the rest, which needs none, with the last message."""
         if self._requests.get(request.id) is not request:
             # It is over, and its client knows.
             return
         if request.session.gone_at is not None or request.lost_at is not None:
             return
+        if request.accepted_due is not None:
+            if not self._is_sent(request, request.accepted_due):
+                return
+            request.accepted_due = None
         if (request.pending or request.ids) and (request.credit > 0 or request.terminal):
             body = {"n": len(request.texts), "text": request.pending, "tokens": request.tokens}
             body |= {"ids": request.ids} if request.asked.wants_ids else {}
@@ -314,6 +317,10 @@ class Broker:
             request.pending, request.ids = "", []
         if request.terminal and self._is_sent(request, request.terminal):
             self._retire(request)
+
+    def _tell(self, request: OpenRequest, progress: Message) -> bool:
+        """Send news that the next will replace; whether they went out."""
+        return request.accepted_due is None and self._send(Lane.DATA, request.data, progress) is Sent.OK
 
     def _is_sent(self, request: OpenRequest, message: Message) -> bool:
         sent = self._send(Lane.DATA, request.data, message)
@@ -380,14 +387,15 @@ class Broker:
             self._tell_places()
         self._clients.tick(Message(Kind.PONG, body={"epoch": self.epoch}))
         self._remembered.tidy()
+        self._outbox.tick()
 
     def _tell_places(self) -> None:
         waiting = self._waiting()
         for place, request in enumerate(waiting):
             if request.accepted is not None and place != request.place and request.session.gone_at is None:
-                request.place = place
                 body = {"stage": "queued", "done": place, "total": len(waiting)}
-                self._send(Lane.DATA, request.data, Message(Kind.PROGRESS, request.id, body))
+                if self._tell(request, Message(Kind.PROGRESS, request.id, body)):
+                    request.place = place
 
     def drain(self) -> None:
         """Take no more requests."""

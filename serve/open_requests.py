@@ -59,7 +59,7 @@ class Session:
 
 @dataclass(eq=False)
 class OpenRequest:
-    """A SUBMIT without its DONE or ERROR yet. `texts` are the deltas that were sent, `pending` found no credit.
+    """A SUBMIT without its DONE or ERROR yet. `texts` are the deltas that were sent, `pending` and `accepted_due` were not.
 
     `engine` is the number of the engine that answers, None as long as there is none. `lost_at` is when its client could
     no longer be reached as `data`.
@@ -78,6 +78,7 @@ class OpenRequest:
     sent_ids: list[list[int]] = field(default_factory=list)
     tokens: int = 0
     accepted: Message | None = None
+    accepted_due: Message | None = None
     is_in_slot: bool = False
     place: int | None = None
     terminal: Message | None = None
@@ -98,6 +99,7 @@ class OpenRequest:
     def replay(self, data: bytes, have: int) -> None:
         """Its client is back as `data` and has the first `have` deltas; the rest is due again, as one."""
         self.data, self.credit, self.lost_at = data, CREDIT_WINDOW, None
+        self.accepted_due = self.accepted
         self.texts, self.pending = self.texts[:have], "".join(self.texts[have:]) + self.pending
         self.ids = [token for ids in self.sent_ids[have:] for token in ids] + self.ids
         del self.sent_ids[have:]
