@@ -1,4 +1,4 @@
-"""Between the clients and the engine processes: sessions, open requests, credit, deadlines, and who is still alive.
+"""Between the clients and the engines: what clients say, what is refused, who is still alive.
 
 No sockets here: `send` carries a message to a client and says what became of it, `forward` carries one to an engine.
 """
@@ -12,15 +12,16 @@ from typing import Any
 
 from serve import submission
 from serve.administration import Administration
+from serve.admission import check_adapter, check_queue
+from serve.answers import Answers
 from serve.clients import Clients
-from serve.engine import AdapterError, resolve
+from serve.dispatch import Dispatch
 from serve.figures import Figures
-from serve.fleet import EngineState, Fleet
+from serve.fleet import Fleet
 from serve.limits import limits
-from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
+from serve.open_requests import Lane, OpenRequest, Sent, Session
 from serve.outbox import Outbox
 from serve.protocol import (
-    CREDIT_WINDOW,
     NO_REQUEST,
     SILENCE_SECONDS,
     VERSION,
@@ -35,7 +36,6 @@ from serve.settings import Settings
 # A client that has gone may come back for so long before its requests are cancelled.
 GRACE_SECONDS = 3.0
 MAX_EARLY_CANCELS = 64
-PLACE_SECONDS = 0.5
 
 Send = Callable[[Lane, bytes, Message], Sent]
 Forward = Callable[[int, Message], None]
@@ -55,19 +55,19 @@ class Broker:
         on_leave: Callable[[bool], None] = lambda now: None,
         rss_bytes: Callable[[int], int] = lambda pid: 0,
     ) -> None:
-        self._rss_bytes = rss_bytes
-        self._outbox = Outbox(send)
-        self._send, self._forward, self._settings, self._log = send, forward, settings, log
+        self._send, self._settings, self._rss_bytes = send, settings, rss_bytes
         self.epoch = secrets.token_hex(8)
         self.state = "loading"
         self.figures = Figures()
         self.fleet = Fleet()
         self._progress: Message | None = None
-        self._clients = Clients(send, self._abandon)
-        self._requests: dict[bytes, OpenRequest] = {}
-        self._remembered = Remembered()
-        self._places_told = 0.0
+        self._outbox = Outbox(send)
+        self._answers = Answers(send, forward, self.fleet, self.figures, log)
+        self._clients = Clients(send, self._answers.abandon)
         self.administration = Administration(self._outbox.send, forward, self.fleet, admin, self.status, on_leave, log)
+        self.dispatch = Dispatch(
+            forward, self.fleet, self._answers, self.administration, self._on_ready, self._on_loading
+        )
 
     @property
     def info(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class Broker:
             return
         session.spoke()
         if message.kind is Kind.PING:
-            request = self._requests.get(message.request)
+            request = self._answers.open.get(message.request)
             is_attached = request is not None and request.session is session and request.lost_at is None
             body = {"epoch": self.epoch, "attached": is_attached}
             self._send(Lane.CONTROL, sender, Message(Kind.PONG, message.request, body))
@@ -107,11 +107,10 @@ class Broker:
             except ProtocolError as fault:
                 self._outbox.send(Lane.DATA, sender, error(fault.request, fault.code, str(fault), **fault.detail))
         elif message.kind is Kind.CREDIT:
-            request = self._requests.get(message.request)
+            request = self._answers.open.get(message.request)
             if request is not None and request.data == sender:
                 request.session.spoke()
-                request.credit = min(request.credit + max(message.body["count"], 0), CREDIT_WINDOW)
-                self._deliver(request)
+                self._answers.grant(request, message.body["count"])
         else:
             refusal = error(message.request, Code.UNSUPPORTED, f"{message.kind.name} does not belong on data")
             self._outbox.send(Lane.DATA, sender, refusal)
@@ -119,7 +118,7 @@ class Broker:
     def refuse(self, lane: Lane, sender: bytes, fault: ProtocolError) -> None:
         """Answer frames that are no message of ours."""
         # An open request keeps its one ERROR or DONE for its own end.
-        if fault.request not in self._requests:
+        if fault.request not in self._answers.open:
             self._outbox.send(lane, sender, error(fault.request, fault.code, str(fault)))
 
     def _greet(self, sender: bytes, message: Message) -> None:
@@ -139,263 +138,68 @@ class Broker:
         if session is None:
             raise ProtocolError(Code.BAD_REQUEST, "say HELLO on control and give its session here", message.request)
         session.spoke()
-        if self._is_known(sender, session, message) or self._outbox.holds(Lane.DATA, sender, message.request):
+        if self._is_known(sender, session, message):
             return
         asked = submission.parse(message.body, message.request)
         if asked.sampling.seed is None:
             asked = dataclasses.replace(asked, sampling=dataclasses.replace(asked.sampling, seed=secrets.randbits(62)))
-        self._admit(session, asked, message.request)
-        request = self._requests[message.request] = OpenRequest(message.request, sender, session, asked)
+        if self.state == "draining":
+            raise ProtocolError(Code.DRAINING, "the daemon is stopping; try: make chat", message.request)
+        check_adapter(self.fleet, self.administration.runs, asked, message.request)
+        check_queue(self._answers, self._settings, self.figures, session, message.request)
+        request = self._answers.open[message.request] = OpenRequest(message.request, sender, session, asked)
         if message.request in session.cancelled:
-            self._end(request, Code.CANCELLED, "cancelled", tokens=0)
+            self._answers.end(request, Code.CANCELLED, "cancelled", tokens=0)
         else:
-            self._place(request)
+            self.dispatch.place(request)
 
     def _is_known(self, sender: bytes, session: Session, message: Message) -> bool:
         """A SUBMIT that was seen before never runs again; its client gets what it does not have yet."""
-        request = self._requests.get(message.request) or self._remembered.find(message.request)
+        if self._outbox.holds(Lane.DATA, sender, message.request):
+            return True
+        request = self._answers.find(message.request)
         if request is None:
             return False
         if request.session is not session:
             raise ProtocolError(Code.BAD_REQUEST, "this request id belongs to another client", message.request)
-        have = message.body.get("have")
-        if have is None and request.data == sender and request.id in self._requests:
-            return True
-        if message.request not in self._requests:
-            self._requests[message.request] = self._remembered.take(message.request)
-        request.replay(sender, have if type(have) is int and 0 <= have <= len(request.texts) else 0)
-        self._deliver(request)
+        self._answers.again(request, sender, message.body.get("have"))
         return True
 
-    def _admit(self, session: Session, asked: submission.Submission, request: bytes) -> None:
-        """Raise `ProtocolError` for what cannot be served now."""
-        if self.state == "draining":
-            raise ProtocolError(Code.DRAINING, "the daemon is stopping; try: make chat", request)
-        if self.state == "ready" and (adapters := self.fleet.first.adapters):
-            try:
-                resolve(adapters, asked.adapter)
-            except AdapterError as fault:
-                name = (asked.adapter or "").partition("@")[0]
-                if name in self.administration.runs and all(adapter.name != name for adapter in adapters):
-                    # An engine that was started again is about to load it; it knows best.
-                    return
-                names = [adapter.key for adapter in adapters]
-                raise ProtocolError(Code.NO_ADAPTER, str(fault), request, adapters=names) from None
-        waiting = self._waiting()
-        own = [r for r in waiting if r.session is session]
-        for have, most, whose in (
-            (len(waiting), self._settings.queue, ""),
-            (len(own), self._settings.share, " of yours"),
-        ):
-            if have >= most:
-                after = self.figures.retry_after_ms(have)
-                text = f"{have} requests{whose} wait already; try again in {after / 1e3:.1f} s"
-                raise ProtocolError(Code.QUEUE_FULL, text, request, waiting=have, max=most, retry_after_ms=after)
-
-    def _place(self, request: OpenRequest) -> None:
-        """Give a request to an engine, if one is ready."""
-        engine = self.fleet.choose(request.asked)
-        if engine is None:
-            return
-        request.engine = engine
-        request.num_starts += 1
-        chosen = self.fleet.engines[engine]
-        if not chosen.open:
-            # It had nothing to say until now.
-            chosen.last_heard = time.monotonic()
-        chosen.open.add(request.id)
-        body = {**request.asked.to_body(), "client": request.session.number}
-        self._forward(engine, Message(Kind.SUBMIT, request.id, body))
-
     def _on_cancel(self, session: Session, request_id: bytes) -> None:
-        request = self._requests.get(request_id)
+        request = self._answers.find(request_id)
         if request is not None and request.session is session:
-            self._end(request, Code.CANCELLED, "cancelled", tokens=request.tokens)
-        elif request is None and self._remembered.find(request_id) is None:
+            self._answers.end(request, Code.CANCELLED, "cancelled", tokens=request.tokens)
+        elif request is None:
             # Control is the faster lane: the SUBMIT is still on its way.
             session.cancelled = [*session.cancelled, request_id][-MAX_EARLY_CANCELS:]
 
-    # From the engine processes.
+    # From the engines.
 
-    def engine_starts(self, number: int, pid: int) -> None:
-        """An engine process was started, for the first time or again."""
-        self.fleet.engines[number] = EngineState(pid=pid)
-        self.fleet.forget(number)
-
-    def engine_died(self, number: int, why: str) -> None:
-        """Its requests go to another engine if they have not said a word, else they end with an error."""
-        engine = self.fleet.engines[number]
-        engine.state = "down"
-        for request in [r for r in self._requests.values() if r.engine == number and r.terminal is None]:
-            request.engine, request.is_in_slot = None, False
-            if request.tokens or request.num_starts > 1:
-                self._end(request, Code.ENGINE, f"{why}; try again", tokens=request.tokens)
-            else:
-                self._place(request)
-        engine.open.clear()
-        engine.in_slots.clear()
-        self.administration.engine_died(number, why)
-
-    def on_engine(self, number: int, message: Message) -> None:
-        """PROGRESS, READY, ADAPTERS, or news of a request."""
-        engine = self.fleet.engines[number]
-        engine.last_heard = time.monotonic()
-        if message.kind is Kind.READY:
-            engine.state, engine.info = "ready", message.body["info"]
-            self.administration.engine_ready(number)
-            self._now_ready()
-        elif message.kind is Kind.PROGRESS and message.request == NO_REQUEST:
-            if self.state == "loading":
-                self._progress = message
-                self._clients.tell(message)
-        elif not self.administration.on_engine(number, message):
-            self._on_answer(engine, message)
-
-    def _now_ready(self) -> None:
+    def _on_ready(self) -> None:
         if self.state == "loading":
             self.state = "ready"
             for session in self._clients:
                 self._welcome(session)
-        for request in [r for r in self._requests.values() if r.engine is None and r.terminal is None]:
-            self._place(request)
 
-    def _on_answer(self, engine: EngineState, message: Message) -> None:
-        if message.kind in (Kind.DONE, Kind.ERROR):
-            engine.open.discard(message.request)
-            engine.in_slots.discard(message.request)
-        elif message.kind is Kind.PROGRESS:
-            engine.in_slots.add(message.request)
-        request = self._requests.get(message.request)
-        if request is None or request.terminal is not None:
-            # It ended here, while these words were on their way.
-            return
-        if message.kind is Kind.ACCEPTED:
-            waiting = self._waiting()
-            request.place = waiting.index(request) if request in waiting else 0
-            body = {**message.body, "position": request.place, **dataclasses.asdict(request.asked.sampling)}
-            request.accepted = request.accepted_due = Message(Kind.ACCEPTED, request.id, body)
-            self._deliver(request)
-        elif message.kind is Kind.PROGRESS:
-            request.is_in_slot = True
-            self._tell(request, message)
-        elif message.kind is Kind.DELTA:
-            self._on_words(request, message)
-            self._deliver(request)
-        elif message.kind is Kind.DONE:
-            body = {**message.body, "digest": request.digest}
-            self._close(request, Message(Kind.DONE, request.id, body), body["reason"])
-        elif message.kind is Kind.ERROR:
-            self._close(request, message, message.body["code"])
+    def _on_loading(self, progress: Message) -> None:
+        if self.state == "loading":
+            self._progress = progress
+            self._clients.tell(progress)
 
-    def _on_words(self, request: OpenRequest, message: Message) -> None:
-        now, before = time.monotonic(), request.last_delta
-        number = message.body["tokens"] - request.tokens
-        self.figures.token(number, now - (before or request.arrived), is_first=before is None)
-        request.last_delta, request.tokens = now, message.body["tokens"]
-        request.pending += message.body["text"]
-        request.ids += message.body.get("ids", ())
-
-    def _deliver(self, request: OpenRequest) -> None:
-        """Send what may be sent: ACCEPTED, deltas on credit, and the rest, which needs none, with the last message."""
-        if self._requests.get(request.id) is not request:
-            # It is over, and its client knows.
-            return
-        if request.session.gone_at is not None or request.lost_at is not None:
-            return
-        if request.accepted_due is not None:
-            if not self._is_sent(request, request.accepted_due):
-                return
-            request.accepted_due = None
-        if (request.pending or request.ids) and (request.credit > 0 or request.terminal):
-            body = {"n": len(request.texts), "text": request.pending, "tokens": request.tokens}
-            body |= {"ids": request.ids} if request.asked.wants_ids else {}
-            if not self._is_sent(request, Message(Kind.DELTA, request.id, body)):
-                return
-            request.texts.append(request.pending)
-            request.sent_ids.append(request.ids)
-            request.credit -= 1
-            request.pending, request.ids = "", []
-        if request.terminal and self._is_sent(request, request.terminal):
-            self._retire(request)
-
-    def _tell(self, request: OpenRequest, progress: Message) -> bool:
-        """Send news that the next will replace; whether they went out."""
-        return request.accepted_due is None and self._send(Lane.DATA, request.data, progress) is Sent.OK
-
-    def _is_sent(self, request: OpenRequest, message: Message) -> bool:
-        sent = self._send(Lane.DATA, request.data, message)
-        if sent is Sent.GONE:
-            request.lost_at = request.lost_at or time.monotonic()
-            request.session.gone_at = request.session.gone_at or time.monotonic()
-        return sent is Sent.OK
-
-    # Endings.
-
-    def _end(self, request: OpenRequest, code: Code, text: str, **detail: Any) -> None:
-        """The client is told at once; the engine, perhaps in the middle of a chunk, follows when it can."""
-        if request.terminal is not None:
-            return
-        if request.engine is not None:
-            self._forward(request.engine, Message(Kind.CANCEL, request.id))
-        if code is Code.CANCELLED:
-            request.pending, request.ids = "", []
-        self._close(request, error(request.id, code, text, **detail), code)
-
-    def _close(self, request: OpenRequest, terminal: Message, how: str) -> None:
-        request.terminal = terminal
-        self.figures.ended(how)
-        self._log("request over", id=request.id.hex(), how=how, tokens=request.tokens, **terminal.body.get("usage", {}))
-        if terminal.kind is Kind.DONE and request.engine is not None:
-            self.fleet.remember(request.asked, request.text, request.engine)
-        self._deliver(request)
-
-    def _retire(self, request: OpenRequest) -> None:
-        del self._requests[request.id]
-        # Its answer may be asked for again; the conversation, megabytes perhaps, may go.
-        request.asked = dataclasses.replace(request.asked, messages=[])
-        self._remembered.add(request)
-
-    def _abandon(self, session: Session) -> None:
-        """Its client has gone: nobody wants these answers."""
-        for request in [r for r in self._requests.values() if r.session is session]:
-            self._give_up(request)
-
-    def _give_up(self, request: OpenRequest) -> None:
-        self._end(request, Code.CANCELLED, "cancelled: the client went away", tokens=request.tokens)
-        if request.id in self._requests:
-            self._retire(request)
+    # Now and then.
 
     def tick(self) -> None:
-        """Ten times a second: deadlines, slow readers, places in the queue, and clients that went silent."""
+        """Ten times a second: what is due to answers, and clients that went silent."""
+        self._answers.tick()
         now = time.monotonic()
-        for request in list(self._requests.values()):
-            limit = request.asked.deadline_ms
-            if limit is not None and (now - request.arrived) * 1e3 > limit:
-                text = f"not done after {limit} ms; try a longer deadline"
-                self._end(request, Code.DEADLINE, text, deadline_ms=limit, tokens=request.tokens)
-            self._deliver(request)
-            if request.lost_at is not None and now - request.lost_at > SILENCE_SECONDS:
-                self._give_up(request)
-        for session in {r.session for r in self._requests.values()}:
+        for session in {request.session for request in self._answers.open.values()}:
             is_silent = now - session.last_seen > SILENCE_SECONDS
             grace = 0.0 if self.state == "draining" else GRACE_SECONDS
             if is_silent or (session.gone_at is not None and now - session.gone_at > grace):
                 session.gone_at = session.gone_at or now
-                self._abandon(session)
-        if now - self._places_told > PLACE_SECONDS:
-            self._places_told = now
-            self._tell_places()
+                self._answers.abandon(session)
         self._clients.tick(Message(Kind.PONG, body={"epoch": self.epoch}))
-        self._remembered.tidy()
         self._outbox.tick()
-
-    def _tell_places(self) -> None:
-        waiting = self._waiting()
-        for place, request in enumerate(waiting):
-            if request.accepted is not None and place != request.place and request.session.gone_at is None:
-                body = {"stage": "queued", "done": place, "total": len(waiting)}
-                if self._tell(request, Message(Kind.PROGRESS, request.id, body)):
-                    request.place = place
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -405,52 +209,28 @@ class Broker:
         """End the open requests, each with an ERROR; sessions without one hear it on control."""
         self.drain()
         self._clients.tell(error(NO_REQUEST, code, text))
-        for request in list(self._requests.values()):
-            self._end(request, code, text, tokens=request.tokens)
-
-    # Figures.
-
-    def _waiting(self) -> list[OpenRequest]:
-        """Requests that have no slot, in the order of their arrival."""
-        return [r for r in self._requests.values() if r.terminal is None and not r.is_in_slot]
+        for request in list(self._answers.open.values()):
+            self._answers.end(request, code, text, tokens=request.tokens)
 
     @property
     def num_open(self) -> int:
         """Requests that are not over."""
-        return sum(request.terminal is None for request in self._requests.values())
+        return self._answers.num_running
 
     def hung(self) -> list[int]:
         """Engines that have work and have said nothing for too long."""
-        now = time.monotonic()
-        return [
-            number
-            for number, engine in self.fleet.ready.items()
-            if engine.open and now - engine.last_heard > self._settings.hung_s
-        ]
+        return self.dispatch.hung(self._settings.hung_s)
 
     def status(self) -> dict[str, Any]:
         """The body of the STATUS answer."""
-        engines = self.fleet.engines
         return {
             "state": self.state,
             "epoch": self.epoch,
             "pid": os.getpid(),
             "rss_bytes": self._rss_bytes(os.getpid()),
             "info": self.info,
-            "adapters": [adapter.key for adapter in self.fleet.first.adapters],
-            "busy_slots": sum(len(engine.in_slots) for engine in engines.values()),
-            "num_slots": sum(engine.info["num_slots"] for engine in self.fleet.ready.values()),
-            "waiting": len(self._waiting()),
+            "waiting": len(self._answers.waiting),
             "clients": len(list(self._clients)),
-            "engines": [
-                {
-                    "pid": e.pid,
-                    "state": e.state,
-                    "busy_slots": len(e.in_slots),
-                    "waiting": len(e.open - e.in_slots),
-                    "rss_bytes": self._rss_bytes(e.pid),
-                }
-                for _, e in sorted(engines.items())
-            ],
+            **self.dispatch.status(self._rss_bytes),
             **self.figures.summary(),
         }

@@ -56,7 +56,7 @@ class Daemon:
             self.leave,
             rss_bytes,
         )
-        self._engines = Engines(arguments, folder, self._context, self._broker, self._on_engine, self._log)
+        self._engines = Engines(arguments, folder, self._context, self._broker.dispatch, self._on_engine, self._log)
         self._progress = Progress(sys.stdout)
         self._draining, self._ending = asyncio.Event(), asyncio.Event()
 
@@ -132,7 +132,7 @@ class Daemon:
         is_loading = self._broker.state == "loading"
         if is_loading and message.kind is Kind.PROGRESS:
             self._progress.show(message.body["stage"], message.body["done"], message.body["total"])
-        self._broker.on_engine(number, message)
+        self._broker.dispatch.on_engine(number, message)
         if message.kind is Kind.READY:
             self._log("ready", engine=number)
             if is_loading:

@@ -32,7 +32,7 @@ CALM_SECONDS = 60.0
 
 
 class Listener(Protocol):
-    """Who hears of the engines: the broker."""
+    """Who hears of the engines: see `serve.dispatch`."""
 
     def engine_starts(self, number: int, pid: int) -> None:
         """A process was started."""

@@ -29,7 +29,7 @@ class Wires:
         self.to_client: list[tuple[Lane, Message]] = []
         self.to_engine: list[Message] = []
         self.broker = Broker(self._send, lambda number, message: self.to_engine.append(message), Settings())
-        self.broker.engine_starts(0, 1)
+        self.broker.dispatch.engine_starts(0, 1)
         if is_ready:
             self.hear(Message(Kind.READY, body={"info": INFO}))
 
@@ -44,7 +44,7 @@ class Wires:
         return taken
 
     def hear(self, message: Message) -> None:
-        self.broker.on_engine(0, message)
+        self.broker.dispatch.on_engine(0, message)
 
     def greet(self) -> bytes:
         self.broker.on_control(b"c", Message(Kind.HELLO, body={"proto": [1]}))

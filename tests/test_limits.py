@@ -121,7 +121,7 @@ def test_what_a_connection_sends_is_taken_only_as_it_is_read(box: Box, lane: Lan
 def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box) -> None:
     box.daemon()
     record = box.record()
-    with RawClient(record) as quiet, RawClient(record) as newcomer, zmq.Context() as context:
+    with RawClient(record) as quiet, zmq.Context() as context:
         assert quiet.status()["state"] == "ready"
         for _ in range(MAX_SESSIONS + 10):
             with context.socket(zmq.DEALER) as dealer:
@@ -130,5 +130,3 @@ def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box)
                 assert dealer.poll(5000)
         assert quiet.status()["state"] == "ready"
         assert quiet.collect(quiet.submit("x"))[1].kind is Kind.DONE
-        # It had only said HELLO, long ago.
-        assert newcomer.ask(Kind.STATUS).body["code"] == "E_BAD_REQUEST"
