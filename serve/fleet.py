@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.engines: dict[int, EngineState] = {}
-        self._homes: OrderedDict[str, int] = OrderedDict()
+        self._homes: OrderedDict[bytes, int] = OrderedDict()
 
     @property
     def ready(self) -> dict[int, EngineState]:
@@ -53,6 +54,8 @@ class Fleet:
         if not ready:
             return None
         least = min(ready, key=lambda number: (len(ready[number].open), number))
+        if len(ready) == 1:
+            return least
         home = self._home(asked)
         if home not in ready:
             return least
@@ -62,7 +65,9 @@ class Fleet:
 
     def remember(self, asked: Submission, answer: str, engine: int) -> None:
         """This engine has read the conversation up to and with this answer."""
-        key = _digest(asked.adapter, [*asked.messages, {"role": "assistant", "content": answer}])
+        if len(self.engines) == 1:
+            return
+        *_, key = _digests(asked.adapter, [*asked.messages, {"role": "assistant", "content": answer}])
         self._homes[key] = engine
         self._homes.move_to_end(key)
         if len(self._homes) > MAX_CONVERSATIONS:
@@ -74,13 +79,14 @@ class Fleet:
             del self._homes[key]
 
     def _home(self, asked: Submission) -> int | None:
-        for end in range(len(asked.messages) - 1, 0, -1):
-            if asked.messages[end - 1]["role"] == "assistant":
-                home = self._homes.get(_digest(asked.adapter, asked.messages[:end]))
-                if home is not None:
-                    return home
-        return None
+        homes = [self._homes.get(digest) for digest in _digests(asked.adapter, asked.messages[:-1])]
+        return next((home for home in reversed(homes) if home is not None), None)
 
 
-def _digest(adapter: str | None, messages: list[dict[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps([adapter, messages]).encode()).hexdigest()
+def _digests(adapter: str | None, messages: list[dict[str, Any]]) -> Iterator[bytes]:
+    """One of the conversation up to each answer in it, in a single pass: it may have thousands of turns."""
+    read = hashlib.sha256(json.dumps(adapter).encode())
+    for message in messages:
+        read.update(json.dumps(message).encode())
+        if message["role"] == "assistant":
+            yield read.digest()

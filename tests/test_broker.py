@@ -1,6 +1,7 @@
 """The broker with both its ends in hand: credit, slow readers, loading; and the worker that no request can end."""
 
 import io
+import time
 from typing import Any
 
 from serve.broker import Broker
@@ -165,6 +166,18 @@ def test_a_conversation_stays_with_its_engine_unless_that_has_a_queue() -> None:
     assert fleet.choose(Submission(again)) == 0
     fleet.engines[0].state = fleet.engines[1].state = "down"
     assert fleet.choose(first) is None
+
+
+def test_a_conversation_of_many_turns_is_looked_up_in_one_pass() -> None:
+    fleet = Fleet()
+    for number in range(2):
+        fleet.engines[number] = EngineState("ready", {"num_slots": 2})
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(9_999)]
+    fleet.remember(Submission(turns[:-2]), "x", 1)
+    begun = time.monotonic()
+    assert fleet.choose(Submission(turns)) == 1
+    # Clients and engines wait meanwhile; it was half a minute.
+    assert time.monotonic() - begun < 1
 
 
 def test_figures() -> None:
