@@ -122,6 +122,8 @@ def test_an_answer_is_interrupted_or_its_question_withdrawn() -> None:
     assert contents(conversation) == ["one", "1", "two", "2, but"] and conversation.num_exchanges == 2
     # A model may end at once.
     assert ending("", is_interrupted=False, adapter="x") == Answer("", adapter="x")
+    with pytest.raises(ValueError, match="has a word at least"):
+        talk(User("one"), Answer("", is_interrupted=True))
 
 
 def test_undo_edit_and_regenerate() -> None:
@@ -152,6 +154,8 @@ def test_what_is_dropped_is_not_sent_and_a_summary_stands_for_it() -> None:
     for event, problem in ((Drop(3), "2 exchanges"), (Drop(0), "2 exchanges"), (Summary("x"), "nothing is dropped")):
         with pytest.raises(ValueError, match=problem):
             talk(*said, event)
+    with pytest.raises(ValueError, match="1 exchanges can be dropped, not 2"):
+        talk(*said, Drop(1), Drop(2))
     # A dropped question that is asked again is sent.
     again = talk(*said[:-1], Drop(2), Summary("a"), Regenerate())
     assert contents(again) == ["s", f"{SUMMARY_LEAD}a\n\ntwo"]

@@ -181,5 +181,5 @@ def count_exchanges(kinds: Iterable[str]) -> int:
         elif kind == "undo":
             done -= 1
         elif kind == "reset":
-            done, is_open = 0, False
+            done = 0
     return done
