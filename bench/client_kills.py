@@ -1,0 +1,152 @@
+"""Kill a client outright while it writes a conversation, and see whether each turn that was finished is there again.
+
+    python -m bench.client_kills [KILLS=100] [SEED=0]
+
+A child process writes through `ConversationFile`, a few bytes at a time, and reports each event whose `append` returned. Half of
+the kills come when a random byte is about to be written, the others at a random time. Half of the children go on with what
+the last kill left. Then copies of the file are cut off at random bytes. Prints the seed and every kill. Exit code 1 unless every finished turn was restored each time.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from bench.moments import begin
+from serve.chat.conversation import ending
+from serve.chat.conversation_events import Begin, Edit, Event, Regenerate, System, Undo, User
+from serve.chat.conversation_file import ConversationFile
+
+NAME = "killed"
+# Before the first question nothing is kept.
+NUM_SETTINGS = 2
+MOST_EVENTS = 40
+LATEST_S = 0.02
+# About as much as the child writes until its other deaths.
+MOST_BYTES = 30_000
+CUTS = 20
+WORDS = ["hello", "ñandú", "🦊", '"quoted"', "\n", "{}", "```"]
+
+
+def talk(seed: int) -> Iterator[Event]:
+    """What happens in the conversation of that seed, without an end."""
+    draw = random.Random(seed)
+    yield Begin("runs/x", "tiny", "x", float(seed))
+    yield System("You are killed now and then.")
+    while True:
+        yield User(" ".join(draw.choices(WORDS, k=draw.randint(1, 20))))
+        yield ending(" ".join(draw.choices(WORDS, k=draw.randint(1, 800))), is_interrupted=draw.random() < 0.2)
+        if draw.random() < 0.3:
+            yield Regenerate() if draw.random() < 0.5 else Edit("another question")
+            yield ending("once more", is_interrupted=False)
+        elif draw.random() < 0.2:
+            yield Undo()
+
+
+def write(folder: Path, seed: int, reports: Connection, last_byte: int | None) -> None:
+    """The child: begin or go on, and report each event that is finished, until it has to write that byte of the file."""
+    whole_write = os.pwrite
+
+    def write_little(file: int, data: bytes, offset: int) -> int:
+        if last_byte is not None and offset >= last_byte:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole_write(file, data[: 1 + offset % 8], offset)
+
+    os.pwrite = write_little  # type: ignore[assignment]
+    file = open_last(folder)
+    for event in islice(talk(seed), len(file.conversation.events), None):
+        assert not file.append(event)
+        reports.send_bytes(b".")
+
+
+def open_last(folder: Path) -> ConversationFile:
+    """What the last kill left, or a new conversation."""
+    if (folder / f"{NAME}.jsonl").exists():
+        return ConversationFile.resume(folder, NAME)
+    file = ConversationFile(folder)
+    file.save(NAME)
+    return file
+
+
+def kill_one(folder: Path, seed: int, draw: random.Random) -> int:
+    """Start a child and kill it at a random byte or a random time; returns how many events it has reported."""
+    path = folder / f"{NAME}.jsonl"
+    size = path.stat().st_size if path.exists() else 0
+    last_byte = size + draw.randrange(MOST_BYTES) if draw.random() < 0.5 else None
+    reports, far_end = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=write, args=(folder, seed, far_end, last_byte))
+    child.start()
+    far_end.close()
+    finished = 0
+    if last_byte is None:
+        for _ in range(draw.randrange(MOST_EVENTS)):
+            reports.recv_bytes()
+            finished += 1
+        time.sleep(draw.uniform(0, LATEST_S))
+        child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, "the child died of something else"
+    # What the child reported before it died.
+    with contextlib.suppress(EOFError):
+        while reports.recv_bytes():
+            finished += 1
+    return finished
+
+
+def restored(folder: Path, seed: int) -> int:
+    """How many events of the conversation are there again; -1 if they are not the first ones."""
+    file = open_last(folder)
+    events = file.conversation.events
+    file.close()
+    return len(events) if events == list(islice(talk(seed), len(events))) else -1
+
+
+def cut_well(data: bytes, seed: int, draw: random.Random) -> bool:
+    """Whether a copy that ends at a random byte has all the lines before it."""
+    size = draw.randint(0, len(data))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"{NAME}.jsonl").write_bytes(data[:size])
+        return restored(Path(folder), seed) == max(data[:size].count(b"\n") - 1, 0)
+
+
+def main(args: list[str]) -> int:
+    """Kill so many clients, and cut off what each has left at some more places."""
+    kills, draw = begin(args, "KILLS", 100)
+    good = torn = cuts = 0
+    with tempfile.TemporaryDirectory() as root:
+        folder, seed, there = Path(root), 0, 0
+        path = folder / f"{NAME}.jsonl"
+        for number in range(1, kills + 1):
+            if draw.random() < 0.5 or not path.exists():
+                path.unlink(missing_ok=True)
+                seed, there = draw.getrandbits(32), 0
+            finished = there + kill_one(folder, seed, draw)
+            data = path.read_bytes() if path.exists() else b""
+            is_torn = bool(data) and not data.endswith(b"\n")
+            torn += is_torn
+            cuts += sum(cut_well(data, seed, draw) for _ in range(CUTS))
+            began_at, there = there, restored(folder, seed)
+            # The kill may have come between the disk and the report.
+            is_good = there in (finished, finished + 1) or (finished <= NUM_SETTINGS and there == 0)
+            good += is_good
+            where = f"byte {len(data)}{', in a line' if is_torn else ''}"
+            print(
+                f"{number:3}  {began_at} + {finished - began_at} events finished, {where}: {there} restored", flush=True
+            )
+            if not is_good:
+                path.unlink(missing_ok=True)
+    print(f"{good} of {kills} kills left every finished turn ({torn} of them hit the middle of a line)")
+    print(f"{cuts} of {kills * CUTS} files cut off at a random byte had every whole line")
+    return int(good < kills or cuts < kills * CUTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
