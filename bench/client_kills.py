@@ -21,13 +21,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.moments import begin
-from serve.chat.conversation import ending
-from serve.chat.conversation_events import Begin, Edit, Event, Regenerate, System, Undo, User
+from serve.chat.conversation import ending, replay
+from serve.chat.conversation_events import Begin, Edit, Event, Regenerate, System, Undo, User, Withdraw
 from serve.chat.conversation_file import ConversationFile
+from serve.errors import UserError
 
 NAME = "killed"
-# Before the first question nothing is kept.
-NUM_SETTINGS = 2
+# `Begin`, `System` and the question after them.
+MOST_UNREPORTED = 3
 MOST_EVENTS = 40
 LATEST_S = 0.02
 # About as much as the child writes until its other deaths.
@@ -36,11 +37,14 @@ CUTS = 20
 WORDS = ["hello", "ñandú", "🦊", '"quoted"', "\n", "{}", "```"]
 
 
-def talk(seed: int) -> Iterator[Event]:
-    """What happens in the conversation of that seed, without an end."""
+def talk(seed: int, *, is_open: bool) -> Iterator[Event]:
+    """What a client of that seed adds to a conversation, without an end; `is_open`: the last kill left an open question."""
     draw = random.Random(seed)
+    # A line shorter than what a kill leaves of the one before it.
+    if is_open:
+        yield Withdraw()
     yield Begin("runs/x", "tiny", "x", float(seed))
-    yield System("You are killed now and then.")
+    yield System("")
     while True:
         yield User(" ".join(draw.choices(WORDS, k=draw.randint(1, 20))))
         yield ending(" ".join(draw.choices(WORDS, k=draw.randint(1, 800))), is_interrupted=draw.random() < 0.2)
@@ -52,7 +56,7 @@ def talk(seed: int) -> Iterator[Event]:
 
 
 def write(folder: Path, seed: int, reports: Connection, last_byte: int | None) -> None:
-    """The child: begin or go on, and report each event that is finished, until it has to write that byte of the file."""
+    """The child: begin or go on, and report how many events are finished, until it has to write that byte of the file."""
     whole_write = os.pwrite
 
     def write_little(file: int, data: bytes, offset: int) -> int:
@@ -62,9 +66,11 @@ def write(folder: Path, seed: int, reports: Connection, last_byte: int | None) -
 
     os.pwrite = write_little  # type: ignore[assignment]
     file = open_last(folder)
-    for event in islice(talk(seed), len(file.conversation.events), None):
+    for number, event in enumerate(talk(seed, is_open=file.conversation.open_question is not None), start=1):
         assert not file.append(event)
-        reports.send_bytes(b".")
+        # A setting is written with the turn that follows it.
+        if not isinstance(event, Begin | System):
+            reports.send_bytes(str(number).encode())
 
 
 def open_last(folder: Path) -> ConversationFile:
@@ -88,33 +94,35 @@ def kill_one(folder: Path, seed: int, draw: random.Random) -> int:
     finished = 0
     if last_byte is None:
         for _ in range(draw.randrange(MOST_EVENTS)):
-            reports.recv_bytes()
-            finished += 1
+            finished = int(reports.recv_bytes())
         time.sleep(draw.uniform(0, LATEST_S))
         child.kill()
     child.join()
     assert child.exitcode == -signal.SIGKILL, "the child died of something else"
     # What the child reported before it died.
     with contextlib.suppress(EOFError):
-        while reports.recv_bytes():
-            finished += 1
+        while report := reports.recv_bytes():
+            finished = int(report)
     return finished
 
 
-def restored(folder: Path, seed: int) -> int:
-    """How many events of the conversation are there again; -1 if they are not the first ones."""
-    file = open_last(folder)
-    events = file.conversation.events
+def restored(folder: Path) -> list[Event]:
+    """The events that are there again; none where the file cannot be read, and it is told why."""
+    try:
+        file = open_last(folder)
+    except UserError as fault:
+        print(f"error: {fault}")
+        return []
     file.close()
-    return len(events) if events == list(islice(talk(seed), len(events))) else -1
+    return file.conversation.events
 
 
-def cut_well(data: bytes, seed: int, draw: random.Random) -> bool:
+def cut_well(data: bytes, said: list[Event], draw: random.Random) -> bool:
     """Whether a copy that ends at a random byte has all the lines before it."""
     size = draw.randint(0, len(data))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{NAME}.jsonl").write_bytes(data[:size])
-        return restored(Path(folder), seed) == max(data[:size].count(b"\n") - 1, 0)
+        return restored(Path(folder)) == said[: max(data[:size].count(b"\n") - 1, 0)]
 
 
 def main(args: list[str]) -> int:
@@ -122,25 +130,26 @@ def main(args: list[str]) -> int:
     kills, draw = begin(args, "KILLS", 100)
     good = torn = cuts = 0
     with tempfile.TemporaryDirectory() as root:
-        folder, seed, there = Path(root), 0, 0
+        folder, said = Path(root), list[Event]()
         path = folder / f"{NAME}.jsonl"
         for number in range(1, kills + 1):
             if draw.random() < 0.5 or not path.exists():
                 path.unlink(missing_ok=True)
-                seed, there = draw.getrandbits(32), 0
-            finished = there + kill_one(folder, seed, draw)
+                said = []
+            seed, is_open = draw.getrandbits(32), replay(said).open_question is not None
+            finished = kill_one(folder, seed, draw)
             data = path.read_bytes() if path.exists() else b""
             is_torn = bool(data) and not data.endswith(b"\n")
-            torn += is_torn
-            cuts += sum(cut_well(data, seed, draw) for _ in range(CUTS))
-            began_at, there = there, restored(folder, seed)
-            # The kill may have come between the disk and the report.
-            is_good = there in (finished, finished + 1) or (finished <= NUM_SETTINGS and there == 0)
-            good += is_good
+            there = restored(folder)
+            added = len(there) - len(said)
+            expected = [*said, *islice(talk(seed, is_open=is_open), max(added, 0))]
+            # The kill may have come between the disk and the report, or in a write of settings and a question.
+            is_good = there == expected and finished <= added <= finished + MOST_UNREPORTED
+            good, torn = good + is_good, torn + is_torn
+            cuts += sum(cut_well(data, there, draw) for _ in range(CUTS))
             where = f"byte {len(data)}{', in a line' if is_torn else ''}"
-            print(
-                f"{number:3}  {began_at} + {finished - began_at} events finished, {where}: {there} restored", flush=True
-            )
+            print(f"{number:3}  {len(said)} + {finished} events finished, {where}: {len(there)} restored", flush=True)
+            said = there
             if not is_good:
                 path.unlink(missing_ok=True)
     print(f"{good} of {kills} kills left every finished turn ({torn} of them hit the middle of a line)")
