@@ -76,7 +76,7 @@ class Answers:
             if not self._is_sent(request, Message(Kind.DELTA, request.id, body)):
                 return
             request.texts.append(request.pending)
-            request.sent_ids.append(request.ids)
+            request.sent_ids += [request.ids] if request.asked.wants_ids else []
             request.credit -= 1
             request.pending, request.ids = "", []
         if request.terminal and self._is_sent(request, request.terminal):

@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from serve import curve, events, keys, runtime
+from serve.allocator import return_large_buffers
 from serve.arguments import Arguments
 from serve.broker import Broker
 from serve.engines import Engines, rss_bytes
@@ -210,6 +211,7 @@ def ready_line(arguments: Arguments, info: dict[str, Any]) -> str:
 def main(arguments: Arguments) -> int:
     """Serve in the foreground; returns the exit code."""
     follow_parent(signal.SIGTERM)
+    return_large_buffers()
     os.umask(0o077)
     folder = runtime.directory()
     with contextlib.ExitStack() as stack:

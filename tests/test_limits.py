@@ -15,6 +15,7 @@ from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, RETRY
 from serve.arguments import parse
 from serve.clients import MAX_SESSIONS
 from serve.daemon import UNREAD, Daemon
+from serve.engines import rss_bytes
 from serve.open_requests import Lane
 from serve.protocol import Kind, Message, encode
 from tests.serve_fixtures import Box, RawClient, box, wait_until
@@ -92,6 +93,18 @@ def test_questions_that_wait_are_bounded_in_bytes(box: Box, size: int) -> None:
         assert next(iter(answers)) == ids[-1]
         # All of them were answered: there is room again.
         assert client.ask(Kind.TOKENIZE, **question).body.get("code") != "E_QUEUE_FULL"
+
+
+def test_the_memory_of_large_messages_is_given_back(box: Box) -> None:
+    daemon = box.daemon()
+    with RawClient(box.record()) as client:
+        client.collect(client.submit("x"))
+        before = rss_bytes(daemon.pid)
+        for size in (1, 5, 2, 7, 3, 6, 4):
+            for text in ("y" * size * 2**20, "x" * 9):
+                client.collect(client.submit(text))
+        # By itself glibc would keep what the largest of them took.
+        assert rss_bytes(daemon.pid) - before < 4 * 2**20
 
 
 @pytest.mark.parametrize("lane", Lane)
