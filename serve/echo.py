@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.engine import BASE, AdapterError, AdapterInfo, EngineInfo, Read, Sampling, TooLongError
+from serve.errors import UserError
+from serve.load import Load
 
 CHUNK = 512
 
@@ -110,3 +112,14 @@ class EchoEngine:
             raise AdapterError(f"{key} cannot be unloaded; try: /adapters")
         del self._prefixes[key]
         self.info = replace(self.info, adapters=tuple(a for a in self.info.adapters if a.key != key))
+
+
+def open_echo(load: Load) -> EchoEngine:
+    """An echo engine with the adapters of several runs; of a single one the base, as if merged. Raises `UserError`."""
+    engine = EchoEngine(load.settings.slots or 8)
+    for run in load.runs if len(load.runs) > 1 else ():
+        try:
+            engine.load_adapter(run)
+        except AdapterError as fault:
+            raise UserError(str(fault)) from None
+    return engine

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import zmq
 
 from serve import submission
-from serve.echo import EchoEngine
+from serve.echo import open_echo
 from serve.engine import AdapterError, AdapterInfo, Engine, TooLongError, resolve
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
@@ -235,7 +235,7 @@ def first_line(fault: BaseException) -> str:
 def build(load: Load, send: Send) -> Engine:
     """Load the engine, telling the daemon how far it is."""
     if load.hold == "echo":
-        return EchoEngine(load.settings.slots or 8)
+        return open_echo(load)
     from serve.slot_engine import open_engine
 
     last_stage, last_time = "", 0.0

@@ -101,3 +101,38 @@ def test_several_engines_without_gpus_share_the_cores(monkeypatch: pytest.Monkey
     tool = tmp_path / "nvidia-smi"
     tool.touch(mode=0o755)
     assert "OMP_NUM_THREADS" not in engine_environment(2)
+
+
+@pytest.mark.parametrize("loads", [0, 1])
+def test_an_adapter_that_one_engine_refuses_is_served_by_none(box: Box, loads: int) -> None:
+    daemon = box.daemon(0.0, "NGPU=2")
+    with RawClient(box.record()) as client:
+        wait_until(lambda: [e["state"] for e in client.status()["engines"]] == ["ready", "ready"])
+        pids = [engine["pid"] for engine in client.status()["engines"]]
+        folder = box.work / "half"
+        folder.mkdir()
+        # Only this engine has such a thread, so only it can read the file.
+        (folder / "prefix").symlink_to(f"/proc/self/task/{pids[loads]}/comm")
+        answer = client.ask(Kind.LOAD, run=str(folder), admin=box.record().admin)
+        assert answer.body["code"] == "E_ADAPTER_INCOMPATIBLE" and "try a folder" in answer.body["message"]
+        os.kill(pids[1 - loads], signal.SIGKILL)
+        wait_until(lambda: client.status()["engines"][1 - loads]["state"] == "down")
+        # The other had loaded it, and has taken it back.
+        assert client.status()["adapters"] == ["base"]
+        _, last = client.collect(client.submit("x", adapter="half"))
+        assert last.body["code"] == "E_NO_ADAPTER"
+        # Nor is it loaded when an engine starts again.
+        wait_until(lambda: client.status()["engines"][1 - loads]["state"] == "ready")
+        assert client.status()["adapters"] == ["base"]
+    assert daemon.poll() is None
+
+
+def test_the_echo_engine_serves_the_runs_that_it_is_told(box: Box) -> None:
+    runs = [write_adapter(box, name, f"{name}:") for name in ("one", "two")]
+    box.daemon(0.0, f"RUNS={' '.join(runs)}")
+    (name,) = (path.stem for path in box.runtime.glob("*.json"))
+    with RawClient(box.record(name)) as client:
+        assert [key.partition("@")[0] for key in client.status()["adapters"]] == ["base", "one", "two"]
+        assert text_of(client.collect(client.submit("x", adapter="two"))[0]) == "two:x"
+    refused = box.run("daemon", "HOLD=echo", f"RUNS={box.work}/three {box.work}/four")
+    assert refused.returncode == 2 and "try a folder" in refused.stderr and refused.stderr.count("\n") == 1

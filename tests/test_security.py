@@ -309,7 +309,7 @@ def test_a_daemon_of_several_runs_is_found_under_each(box: Box) -> None:
         (box.work / "runs" / name / "prefix").write_text(f"{name} ")
     daemon = box.daemon(0.0, "RUNS=one two")
     for name in ("one", "two"):
-        # The echo engine holds the base alone until it is told to load.
+        # It is there already; to load it again changes nothing.
         assert box.run("load", f"RUN={name}", f"ADAPTER={name}").stdout.startswith(f"loaded {name}@")
         assert box.run("chat", f"RUN={name}", stdin="x").stdout == f"{name} x\n"
         again = box.run("daemon", "HOLD=echo", f"RUNS=three {name}")
