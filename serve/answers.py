@@ -148,14 +148,14 @@ class Answers:
         request.terminal = terminal
         self._figures.ended(how)
         self._log("request over", id=request.id.hex(), how=how, tokens=request.tokens, **terminal.body.get("usage", {}))
-        if terminal.kind is Kind.DONE and request.engine is not None:
-            self._fleet.remember(request.asked, request.text, request.engine)
+        if terminal.kind is Kind.DONE and request.engine is not None and len(self._fleet.engines) > 1:
+            self._fleet.remember(request.whole(), request.text, request.engine)
         self.deliver(request)
 
     def _retire(self, request: OpenRequest) -> None:
         del self.open[request.id]
         # Its answer may be asked for again; the conversation, megabytes perhaps, may go.
-        request.asked = replace(request.asked, messages=[])
+        request.asked, request.packed = replace(request.asked, messages=[]), b""
         self._remembered.add(request)
 
     def _give_up(self, request: OpenRequest) -> None:

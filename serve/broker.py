@@ -152,6 +152,7 @@ class Broker:
             self._answers.end(request, Code.CANCELLED, "cancelled", tokens=0)
         else:
             self.dispatch.place(request)
+            request.pack()
 
     def _is_known(self, sender: bytes, session: Session, message: Message) -> bool:
         """A SUBMIT that was seen before never runs again; its client gets what it does not have yet."""

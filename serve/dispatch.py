@@ -28,7 +28,8 @@ class Dispatch:
 
     def place(self, request: OpenRequest) -> None:
         """Give a request to an engine, if one is ready."""
-        engine = self._fleet.choose(request.asked)
+        asked = request.whole()
+        engine = self._fleet.choose(asked)
         if engine is None:
             return
         request.engine = engine
@@ -38,7 +39,7 @@ class Dispatch:
             # It had nothing to say until now.
             chosen.last_heard = time.monotonic()
         chosen.open.add(request.id)
-        body = {**request.asked.to_body(), "client": request.session.number}
+        body = {**asked.to_body(), "client": request.session.number}
         self._forward(engine, Message(Kind.SUBMIT, request.id, body))
 
     def engine_starts(self, number: int, pid: int) -> None:

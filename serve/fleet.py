@@ -65,8 +65,6 @@ class Fleet:
 
     def remember(self, asked: Submission, answer: str, engine: int) -> None:
         """This engine has read the conversation up to and with this answer."""
-        if len(self.engines) == 1:
-            return
         *_, key = _digests(asked.adapter, [*asked.messages, {"role": "assistant", "content": answer}])
         self._homes[key] = engine
         self._homes.move_to_end(key)

@@ -5,7 +5,9 @@ import hashlib
 import secrets
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgpack
 
 from serve.protocol import CREDIT_WINDOW, Message
 from serve.submission import Submission
@@ -59,7 +61,7 @@ class Session:
 
 @dataclass(eq=False)
 class OpenRequest:
-    """A SUBMIT without its DONE or ERROR yet. `texts` are the deltas that were sent, `pending` and `accepted_due` were not.
+    """A SUBMIT without its DONE or ERROR yet. `packed` are the messages of `asked`, once they are with an engine. `texts` are the deltas that were sent, `pending` and `accepted_due` were not.
 
     `engine` is the number of the engine that answers, None as long as there is none. `lost_at` is when its client could
     no longer be reached as `data`.
@@ -69,6 +71,7 @@ class OpenRequest:
     data: bytes
     session: Session
     asked: Submission
+    packed: bytes = b""
     engine: int | None = None
     num_starts: int = 0
     credit: int = CREDIT_WINDOW
@@ -95,6 +98,15 @@ class OpenRequest:
     def digest(self) -> str:
         """The SHA-256 of the answer so far."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def pack(self) -> None:
+        """Keep the conversation in one piece: as objects, one of thousands of turns is megabytes."""
+        self.packed = msgpack.packb(self.asked.messages)
+        self.asked = replace(self.asked, messages=[])
+
+    def whole(self) -> Submission:
+        """What was asked, with the conversation."""
+        return replace(self.asked, messages=msgpack.unpackb(self.packed)) if self.packed else self.asked
 
     def replay(self, data: bytes, have: int) -> None:
         """Its client is back as `data` and has the first `have` deltas; the rest is due again, as one."""

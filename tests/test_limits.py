@@ -143,3 +143,17 @@ def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box)
                 assert dealer.poll(5000)
         assert quiet.status()["state"] == "ready"
         assert quiet.collect(quiet.submit("x"))[1].kind is Kind.DONE
+
+
+def test_conversations_of_thousands_of_turns_wait_in_little_memory(box: Box) -> None:
+    daemon = box.daemon(4.0, "serve.slots=1")
+    with RawClient(box.record()) as client:
+        client.submit("x" * 9)
+        wait_until(lambda: client.status()["busy_slots"] == 1)
+        before = rss_bytes(daemon.pid)
+        for _ in range(20):
+            client.submit("", messages=[TURN] * 9_999)
+        # The engine, in the middle of a step, has not heard of them.
+        wait_until(lambda: client.status()["waiting"] == 20)
+        # As objects they would be fifty megabytes.
+        assert rss_bytes(daemon.pid) - before < 20 * 2**20
