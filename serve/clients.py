@@ -8,6 +8,8 @@ from serve.protocol import VERSION, Code, Message, error
 
 # How often a client that asks for nothing is written to, to learn whether it is still there.
 PROBE_SECONDS = 10.0
+# At most so many at a time: many clients that came together are not probed together.
+MAX_PROBES = 100
 # One that has gone is remembered for so long: it may come back with its session.
 FORGET_SECONDS = 300.0
 MAX_SESSIONS = 4096
@@ -64,12 +66,13 @@ class Clients:
 
     def tick(self, pong: Message) -> None:
         """Look for those that have gone."""
-        now = time.monotonic()
+        now, num_probes = time.monotonic(), 0
         for session in list(self._by_control.values()):
             if session.gone_at is not None and now - session.gone_at > FORGET_SECONDS:
                 self._forget(session)
-            elif session.gone_at is None and now - session.last_probe > PROBE_SECONDS:
+            elif session.gone_at is None and now - session.last_probe > PROBE_SECONDS and num_probes < MAX_PROBES:
                 session.last_probe = now
+                num_probes += 1
                 if self._send(Lane.CONTROL, session.control, pong) is Sent.GONE:
                     session.gone_at = now
 

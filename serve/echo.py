@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from serve.allocator import return_large_buffers
 from serve.engine import BASE, AdapterError, AdapterInfo, EngineInfo, Read, Sampling, TooLongError
 from serve.errors import UserError
 from serve.load import Load
@@ -116,6 +117,8 @@ class EchoEngine:
 
 def open_echo(load: Load) -> EchoEngine:
     """An echo engine with the adapters of several runs; of a single one the base, as if merged. Raises `UserError`."""
+    # Where torch is, it has use for the buffers that are kept.
+    return_large_buffers()
     engine = EchoEngine(load.settings.slots or 8)
     for run in load.runs if len(load.runs) > 1 else ():
         try:

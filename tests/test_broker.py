@@ -6,6 +6,7 @@ from typing import Any
 
 from serve.broker import Broker
 from serve.client import Answer
+from serve.clients import PROBE_SECONDS, Clients
 from serve.echo import EchoEngine
 from serve.engine import Read
 from serve.figures import Figures, percentile, prometheus
@@ -178,6 +179,26 @@ def test_a_conversation_of_many_turns_is_looked_up_in_one_pass() -> None:
     assert fleet.choose(Submission(turns)) == 1
     # Clients and engines wait meanwhile; it was half a minute.
     assert time.monotonic() - begun < 1
+
+
+def test_clients_that_came_together_are_probed_in_parts() -> None:
+    probed: list[bytes] = []
+
+    def send(lane: Lane, receiver: bytes, message: Message) -> Sent:
+        probed.append(receiver)
+        return Sent.GONE if receiver == b"7" else Sent.OK
+
+    clients = Clients(send, lambda session: None)
+    for number in range(250):
+        session = clients.greet(b"%d" % number, Message(Kind.HELLO, body={"proto": [1]}))
+        assert session is not None
+        session.last_probe -= PROBE_SECONDS + 1
+    counts = []
+    for _ in range(4):
+        clients.tick(Message(Kind.PONG))
+        counts.append(len(probed))
+    assert counts == [100, 200, 250, 250] and len(set(probed)) == 250
+    assert len(list(clients)) == 249
 
 
 def test_figures() -> None:
