@@ -95,7 +95,7 @@ def _read_layers(
         part = None if base is None else _part(config, named, base)
         if part is None:
             continue
-        device = next(base.parameters()).device  # type: ignore[union-attr]
+        device = base.weight.device  # type: ignore[union-attr]
         moved = {key: t.to(device, dtype) for key, t in vars(part).items() if t is not None}
         adapter.parts[layer] = Part(**moved)
         adapter.matched += len(named)

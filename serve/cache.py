@@ -20,9 +20,9 @@ class SlotCache(Cache):
     def __init__(
         self, config: Any, num_rows: int, length: int, dtype: torch.dtype, devices: Sequence[torch.device]
     ) -> None:
-        heads, head_dim = heads_of(config)
+        self.num_heads, head_dim = heads_of(config)
         self.length = length
-        shape = (num_rows, heads, length + 1, head_dim)
+        shape = (num_rows, self.num_heads, length + 1, head_dim)
         self.keys = [_zeros(shape, dtype, device) for device in devices]
         self.values = [_zeros(shape, dtype, device) for device in devices]
         self.layers: list[Any] = []
@@ -32,23 +32,27 @@ class SlotCache(Cache):
 
         `rows` as a slice is read without copying; as int64 [B] the rows need not be neighbours.
         """
-        self._rows, self._positions, self._reads = rows, positions, reads
-        self._index = torch.arange(len(positions), device=positions.device) if isinstance(rows, slice) else rows
+        self._rows, self._reads = rows, reads
+        numbers = (
+            torch.arange(len(positions), device=positions.device) + rows.start if isinstance(rows, slice) else rows
+        )
+        # Where each head of each row has each position, in the order of what is stored: one index for all layers.
+        first = (numbers[:, None] * self.num_heads + torch.arange(self.num_heads, device=numbers.device)) * (
+            self.length + 1
+        )
+        self._places = (first[:, :, None] + positions[:, None, :]).flatten()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store [B, heads, L, head_dim] and return what the rows hold: [B, heads, reads, head_dim]."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if isinstance(self._rows, slice):
-            keys, values = keys[self._rows], values[self._rows]
         # Layers may live on several devices; on one this moves nothing.
-        index, positions = self._index.to(keys.device), self._positions.to(keys.device)
-        keys[index[:, None], :, positions] = key_states.transpose(1, 2).to(keys.dtype)
-        values[index[:, None], :, positions] = value_states.transpose(1, 2).to(values.dtype)
-        if isinstance(self._rows, slice):
-            return keys[:, :, : self._reads], values[:, :, : self._reads]
-        return keys[index, :, : self._reads], values[index, :, : self._reads]
+        places = self._places.to(keys.device)
+        for held, states in ((keys, key_states), (values, value_states)):
+            held.view(-1, held.shape[-1]).index_copy_(0, places, states.to(held.dtype).reshape(-1, held.shape[-1]))
+        rows = self._rows if isinstance(self._rows, slice) else self._rows.to(keys.device)
+        return keys[rows, :, : self._reads], values[rows, :, : self._reads]
 
     def seed(self, row: int, prefix: torch.Tensor) -> None:
         """Begin a row with the keys and values of a trained prefix, [layers, 2, heads, tokens, head_dim]."""

@@ -6,14 +6,15 @@ who is in the batch. (Punica and S-LoRA, arXiv:2310.18547 and 2311.03285, gather
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from serve.products import Products
+
 BASE_INDEX = 0
-# From so many rows on the usual order is as quick, see `multiply`.
-MANY_ROWS = 64
+# Who owns the columns that no adapter uses.
+NOBODY = -1
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Batch:
         self.index = torch.zeros(0, dtype=torch.long)
         # The only adapter of the batch, None for several.
         self.only: int | None = BASE_INDEX
+        self.products = Products()
 
     def bind(self, index: torch.Tensor, only: int | None) -> None:
         """`index` int64 [B]."""
@@ -58,25 +60,46 @@ class AdaptedLinear(nn.Module):
     def put(self, index: int, part: Part) -> None:
         """Serve one more adapter."""
         self._parts[index] = part
-        self._arrange()
+        if part.a is not None:
+            self._place(index, part)
+        self._tabulate()
 
     def drop(self, index: int) -> None:
-        """Forget an adapter."""
+        """Forget an adapter; a later one takes its place."""
         del self._parts[index]
-        self._arrange()
+        if (ranks := self._ranks.pop(index, None)) is not None:
+            self._owner[ranks] = NOBODY
+        if not self._ranks:
+            self._a = None
+        self._tabulate()
 
-    def _arrange(self) -> None:
-        matrices = {i: (part.a, part.b) for i, part in self._parts.items() if part.a is not None and part.b is not None}
-        self._ranks, self._a, self._scales = {}, None, {}
-        if matrices:
-            self._a = torch.cat([a for a, _ in matrices.values()])
-            self._b = torch.cat([b for _, b in matrices.values()])
-            self._owner = torch.cat([torch.full((len(a),), i, device=a.device) for i, (a, _) in matrices.items()])
-            start = 0
-            for index, (a, _) in matrices.items():
-                ranks = self._ranks[index] = slice(start, start := start + len(a))
-                # Views, so that nothing is held twice.
-                self._parts[index].a, self._parts[index].b = self._a[ranks], self._b[ranks]
+    def _place(self, index: int, part: Part) -> None:
+        """Write a and b where nobody is, or below all others: what is there already is not moved."""
+        a, b = part.a, part.b
+        assert a is not None and b is not None
+        start = 0
+        for taken in sorted(self._ranks.values(), key=lambda ranks: ranks.start):
+            if taken.start - start >= len(a):
+                break
+            start = taken.stop
+        ranks = self._ranks[index] = slice(start, start + len(a))
+        if self._a is None:
+            self._a, self._b, self._owner = (
+                a.new_empty(0, a.shape[1]),
+                b.new_empty(0, b.shape[1]),
+                _nobodies(0, a.device),
+            )
+        if (missing := ranks.stop - len(self._a)) > 0:
+            self._a = torch.cat([self._a, a.new_zeros(missing, a.shape[1])])
+            self._b = torch.cat([self._b, b.new_zeros(missing, b.shape[1])])
+            self._owner = torch.cat([self._owner, _nobodies(missing, a.device)])
+        self._a[ranks], self._b[ranks], self._owner[ranks] = a, b, index
+        # So that nothing is held twice.
+        part.a = part.b = None
+
+    def _tabulate(self) -> None:
+        """The vectors of all adapters, one a row, by their index."""
+        self._scales = {}
         for name, neutral in (("in_scale", 1.0), ("out_scale", 1.0), ("shift", 0.0)):
             vectors = {i: v for i, part in self._parts.items() if (v := getattr(part, name)) is not None}
             if vectors:
@@ -88,8 +111,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, L, in] -> [B, L, out]."""
         if self._batch.only == BASE_INDEX:
-            return multiply(self.base, x)
-        y = multiply(self.base, x * self._scale("in_scale") if "in_scale" in self._scales else x)
+            return self.base(x)
+        y = self.base(x * self._scale("in_scale") if "in_scale" in self._scales else x)
         if "out_scale" in self._scales:
             y = y * self._scale("out_scale")
         if "shift" in self._scales:
@@ -108,31 +131,12 @@ class AdaptedLinear(nn.Module):
             if only not in self._ranks:
                 return y
             ranks = self._ranks[only]
-            return y + (product(self._a[ranks], x) @ self._b[ranks]).to(y.dtype)
+            return y + (self._batch.products.product(self._a[ranks], x) @ self._b[ranks]).to(y.dtype)
         mine = self._owner == self._batch.index.to(self._owner.device)[:, None, None]
         # `where` and not a product with 0: one adapter's infinity must not become its neighbours' NaN.
-        columns = torch.where(mine, product(self._a, x), 0)
+        columns = torch.where(mine, self._batch.products.product(self._a, x), 0)
         return y + (columns @ self._b).to(y.dtype)
 
 
-def multiply(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What the layer computes, [..., in] -> [..., out]; on a processor by the quicker of two orders for few rows in fp32.
-
-    BLAS reads a weight several times faster as the left factor (W x^T) than as the right one when there are few rows;
-    docs/benchmarks.md has the figures.
-    """
-    is_plain = type(layer) is nn.Linear and x.device.type == "cpu" and x.dtype is torch.float32
-    if not is_plain:
-        return layer(x)
-    y = product(layer.weight, x)
-    return y if layer.bias is None else y + layer.bias
-
-
-def product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x W^T for `weight` [out, in] and x [..., in]."""
-    num_rows = x.numel() // x.shape[-1]
-    if not 1 < num_rows < MANY_ROWS or x.device.type != "cpu" or x.dtype is not torch.float32:
-        return nn.functional.linear(x, weight)
-    # Contiguous on both sides: what comes after, and the next product, are slower on transposed numbers.
-    flat = x.reshape(num_rows, x.shape[-1]).contiguous()
-    return torch.mm(weight, flat.t()).t().contiguous().view(*x.shape[:-1], len(weight))
+def _nobodies(number: int, device: torch.device) -> torch.Tensor:
+    return torch.full((number,), NOBODY, device=device)

@@ -1,7 +1,6 @@
 """The adapters that an engine serves, and the layers of the base that they change."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +38,9 @@ class Shelf:
         self._held, self._batch, self._length = held, batch, length
         self._model = held.model
         self._device: torch.device = self._model.device
-        self._bases: Mapping[str, nn.Module] = dict(adapters.layers_of(self._model))
+        self._bases: dict[str, nn.Module] = dict(adapters.layers_of(self._model))
+        if self._device.type == "cpu":
+            batch.products.measure(self._bases.values())
         self._layers = self._adapt_layers()
         self._loaded: dict[str, Loaded] = {}
         self._names: list[str] = []
@@ -129,13 +130,14 @@ class Shelf:
         return probe(self._held, self._model, prefix)
 
     def _adapt_layers(self) -> dict[str, AdaptedLinear]:
-        """Put `AdaptedLinear` around the layers that adapters change, or that are quicker so."""
-        is_faster = self._device.type == "cpu" and self._held.dtype == "fp32"
-        found = self._bases if self._held.hold != "merged" or is_faster else {}
-        adapted = {name: AdaptedLinear(layer, self._batch) for name, layer in found.items()}
-        for name, layer in adapted.items():
+        """Have the layers multiply in the quicker way, and put `AdaptedLinear` around those that adapters may change."""
+        adapted = {}
+        for name, layer in self._bases.items():
+            quicker = self._bases[name] = self._batch.products.quicker(layer)
+            if self._held.hold != "merged":
+                adapted[name] = AdaptedLinear(quicker, self._batch)
             parent, _, child = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, layer)
+            setattr(self._model.get_submodule(parent), child, adapted.get(name, quicker))
         return adapted
 
 

@@ -15,7 +15,7 @@ from serve.engine import AdapterError, AdapterInfo, Detokenizer, EngineInfo, Rea
 from serve.errors import UserError
 from serve.graphs import Graphs, bucket, record_cuda
 from serve.held import Held, Progress, hold_runs
-from serve.layers import BASE_INDEX, Batch, multiply
+from serve.layers import BASE_INDEX, Batch
 from serve.load import Load
 from serve.rows import Rows
 from serve.sampler import Sampler
@@ -47,7 +47,8 @@ class SlotEngine:
     def __init__(self, held: Held, settings: Settings) -> None:
         self._held = held
         self.model = held.model
-        self._decoder, self._head = self.model.base_model, self.model.get_output_embeddings()
+        self._decoder, head = self.model.base_model, self.model.get_output_embeddings()
+        self._head_device: torch.device = head.weight.device
         self._device: torch.device = self.model.device
         self._batch = Batch()
         devices = layer_devices(self.model)
@@ -62,8 +63,9 @@ class SlotEngine:
         self.cache = SlotCache(self.model.config, number, length, dtype, devices)
         self._graphs = Graphs(record_cuda if self._device.type == "cuda" and not is_spread else None)
         self._shelf = Shelf(held, self._batch, length)
+        self._head = self._batch.products.quicker(head)
         self._rows = Rows(number, self.cache, self._shelf.head_length)
-        self._sampler = Sampler(number, self._head.weight.shape[0], self._device)
+        self._sampler = Sampler(number, head.weight.shape[0], self._device)
         self._seats: dict[int, Seat] = {}
         self.info = EngineInfo(
             model=held.name, base=held.base, hold=held.hold, dtype=held.dtype,
@@ -185,11 +187,8 @@ class SlotEngine:
     # The model.
 
     def _padded(self, number: int) -> int:
-        """How many rows a step computes: few shapes where they are recorded, and two are quicker than one in fp32."""
-        if self._graphs.is_on:
-            return bucket(number, self.info.num_slots)
-        is_slow_alone = self._device.type == "cpu" and self.cache.keys[0].dtype is torch.float32
-        return min(max(number, 2), self.info.num_slots) if is_slow_alone else number
+        """How many rows a step computes: few shapes where they are recorded."""
+        return bucket(number, self.info.num_slots) if self._graphs.is_on else number
 
     def _reads(self, length: int) -> int:
         return min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, self.cache.length)
@@ -227,7 +226,7 @@ class SlotEngine:
             hidden = torch.stack([hidden[b, position] for b, position in last])
         else:
             return hidden.new_zeros(0, 0)
-        return multiply(self._head, hidden.to(self._head.weight.device)).float().to(self._device)
+        return self._head(hidden.to(self._head_device)).float().to(self._device)
 
 
 def open_engine(load: Load, progress: Progress) -> SlotEngine:

@@ -14,6 +14,7 @@ from serve.cache import row_bytes
 from serve.engine import AdapterError, Sampling, resolve
 from serve.errors import UserError
 from serve.graphs import Graphs
+from serve.products import SIZES, Products
 from serve.sizes import fit
 from serve.stream import StreamDecoder
 from tests.derived_runs import derive, train
@@ -100,7 +101,9 @@ def test_every_adapter_in_one_batch_equals_peft_alone(held, runs):
 
 
 @pytest.mark.slow
-def test_a_hundred_prompts_equal_generate_alone_and_among_fifteen_others(run):
+@pytest.mark.parametrize("turned", [(), SIZES], ids=["usual", "turned"])
+def test_a_hundred_prompts_equal_generate_alone_and_among_fifteen_others(run, turned, monkeypatch):
+    monkeypatch.setattr(Products, "measure", lambda self, layers: setattr(self, "turned", turned))
     ours, model = engine([run], "merged", chunk=48), stock(run, "merged")
     assert ours.info.merge_kl < 1e-6 < ours.info.adapters[0].kl
     # Some longer than a chunk, all of different lengths.
