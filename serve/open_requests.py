@@ -117,35 +117,49 @@ class OpenRequest:
         del self.sent_ids[have:]
 
 
+@dataclass
+class Ended:
+    """A request that is over, and its deltas in one piece: one by one they take a hundred times their text."""
+
+    request: OpenRequest
+    deltas: bytes
+    num_characters: int
+    at: float = field(default_factory=time.monotonic)
+
+
 class Remembered:
     """Requests that are over, the newest ones."""
 
     def __init__(self) -> None:
-        self._requests: OrderedDict[bytes, tuple[float, OpenRequest]] = OrderedDict()
+        self._requests: OrderedDict[bytes, Ended] = OrderedDict()
         self._characters = 0
 
     def add(self, request: OpenRequest) -> None:
         """Remember one more, and forget what is too much or too old."""
-        self._requests[request.id] = (time.monotonic(), request)
-        self._characters += len(request.text)
+        ended = Ended(request, msgpack.packb([request.texts, request.sent_ids]), len(request.text))
+        request.texts, request.sent_ids = [], []
+        self._requests[request.id] = ended
+        self._characters += ended.num_characters
         self.tidy()
 
     def find(self, request_id: bytes) -> OpenRequest | None:
-        """The request of that id, None if it is not remembered."""
-        entry = self._requests.get(request_id)
-        return entry[1] if entry else None
+        """The request of that id, without its deltas; None if it is not remembered."""
+        ended = self._requests.get(request_id)
+        return ended.request if ended else None
 
     def take(self, request_id: bytes) -> OpenRequest:
-        """The same, no longer remembered."""
-        _, request = self._requests.pop(request_id)
-        self._characters -= len(request.text)
-        return request
+        """The same with its deltas, no longer remembered."""
+        ended = self._requests.pop(request_id)
+        self._characters -= ended.num_characters
+        ended.request.texts, ended.request.sent_ids = msgpack.unpackb(ended.deltas)
+        return ended.request
 
     def tidy(self) -> None:
         """Forget what is too old, too long or too much."""
         while self._requests:
-            oldest, (ended, _) = next(iter(self._requests.items()))
+            oldest, ended = next(iter(self._requests.items()))
             is_too_much = len(self._requests) > MAX_REMEMBERED or self._characters > MAX_REMEMBERED_CHARACTERS
-            if not is_too_much and time.monotonic() - ended < REMEMBER_SECONDS:
+            if not is_too_much and time.monotonic() - ended.at < REMEMBER_SECONDS:
                 return
-            self.take(oldest)
+            del self._requests[oldest]
+            self._characters -= ended.num_characters

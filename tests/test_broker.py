@@ -2,6 +2,7 @@
 
 import io
 import time
+import tracemalloc
 from typing import Any
 
 from serve.broker import Broker
@@ -11,7 +12,7 @@ from serve.echo import EchoEngine
 from serve.engine import Read
 from serve.figures import Figures, percentile, prometheus
 from serve.fleet import EngineState, Fleet
-from serve.open_requests import Lane, Sent
+from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
 from serve.progress import Progress
 from serve.protocol import CREDIT_WINDOW, Code, Kind, Message
 from serve.settings import Settings
@@ -179,6 +180,23 @@ def test_a_conversation_of_many_turns_is_looked_up_in_one_pass() -> None:
     assert fleet.choose(Submission(turns)) == 1
     # Clients and engines wait meanwhile; it was half a minute.
     assert time.monotonic() - begun < 1
+
+
+def test_an_answer_is_remembered_in_little_memory_and_comes_back_in_its_parts() -> None:
+    number = 20_000
+    tracemalloc.start()
+    request = OpenRequest(ID, b"d", Session(b"c", 1), Submission([]))
+    request.texts, request.sent_ids = [f"é{i % 10}" for i in range(number)], [[i] for i in range(number)]
+    as_parts, _ = tracemalloc.get_traced_memory()
+    remembered = Remembered()
+    remembered.add(request)
+    in_one_piece, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert in_one_piece < 15 * number < as_parts / 10
+    assert remembered.find(ID) is request
+    request = remembered.take(ID)
+    assert request.texts == [f"é{i % 10}" for i in range(number)] and request.sent_ids == [[i] for i in range(number)]
+    assert remembered.find(ID) is None
 
 
 def test_clients_that_came_together_are_probed_in_parts() -> None:
