@@ -130,6 +130,18 @@ def test_a_repeated_submit_runs_once_and_ends_once() -> None:
     assert last.body["code"] == Code.CANCELLED
 
 
+def test_an_adapter_that_is_about_to_be_loaded_waits_in_the_same_queue() -> None:
+    wires = Wires(is_ready=False)
+    wires.hear(Message(Kind.READY, body={"info": {**INFO, "adapters": [vars(EchoEngine().info.adapters[0])]}}))
+    wires.broker.administration.runs["one"] = "runs/one"
+    for number in range(Settings().share):
+        wires.submit(b"%016d" % number)
+    wires.take(Lane.DATA)
+    wires.submit(adapter="one")
+    (refusal,) = wires.take(Lane.DATA)
+    assert refusal.body["code"] == Code.QUEUE_FULL
+
+
 def test_an_engine_without_work_does_not_hang() -> None:
     wires = Wires()
     engine = wires.broker.fleet.engines[0]
