@@ -50,7 +50,7 @@ class Markdown:
         """The unfinished tail as it would be drawn now, at most six rows."""
         rows = self._tail()
         if rows and self._gap is not None and self._has_output:
-            rows.insert(0, "")
+            rows.insert(0, self._page.row(self._gap, []))
         return rows[-LIVE_ROWS:]
 
     def finish(self) -> list[str]:
@@ -104,15 +104,13 @@ class Markdown:
         return rows + self._begin(line, lead, hang)
 
     def _begin(self, line: Line, lead: str, hang: str) -> list[str]:
-        style = ""
         if line.kind == "fence":
             return self._begin_code(line, lead, hang)
         if line.kind == "rule":
             return self._out([self._page.row(lead, cells([Span("─" * self._page.room(lead), DIM)]))])
-        if line.kind == "heading":
-            style = _HEADINGS.get(len(line.sign), BOLD)
-            if not self._page.has_colour:
-                lead, hang = f"{lead}{line.sign} ", hang + " " * (len(line.sign) + 1)
+        style = _HEADINGS.get(len(line.sign), BOLD) if line.kind == "heading" else ""
+        if style and not self._page.has_colour:
+            lead, hang = f"{lead}{line.sign} ", hang + " " * (len(line.sign) + 1)
         self._prose = Prose(self._page, lead, hang, style)
         return self._out(self._prose.feed(line.text))
 
@@ -184,13 +182,16 @@ class Markdown:
     def _tail(self) -> list[str]:
         if self._prose:
             return self._prose.live()
-        # What does not show any more need not be laid out.
+        # What does not show any more is not laid out.
         num_shown = LIVE_ROWS * self._page.width
         start = self._start[-num_shown:]
         if self._fence and (inside := within_quotes(start, self._fence.num_quotes)) is not None:
             return self._line_of_code(self._fence, inside)
-        lines = self._held.table.lines[-LIVE_ROWS:] if self._held else []
-        return [row for line in [*lines, start] if line for row in self._page.raw(line[-num_shown:])]
+        lines = [*(self._held.table.lines[-LIVE_ROWS:] if self._held else []), *([start] if start else [])]
+        rows: list[str] = []
+        while lines and len(rows) < LIVE_ROWS:
+            rows = self._page.raw(lines.pop()[-num_shown:]) + rows
+        return rows
 
     def _line_of_code(self, fence: Fence, line: str) -> list[str]:
         if not line.strip(f"{fence.marker[0]} "):
