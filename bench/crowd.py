@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.serving import Served, chosen, num_handles, quantile, served
+from bench.serving import Served, chosen, num_handles, processor_s, quantile, served
 from serve.client import Client, Delta, Done, connect
 from serve.errors import RequestError
 from serve.runtime import Record
@@ -106,7 +106,10 @@ def crowd(served: Served, clients: int, requests: int, processes: int, seed: int
         process.join()
     told = [[json.loads(line) for line in Path(path).read_text().splitlines() if line[-1:] == "}"] for path in paths]
     faults = judge(told, len(doomed), requests // clients * size, limit_ms)
-    print(f"{time.monotonic() - begun:.1f} s")
+    ran, waited = processor_s(served.record.pid)
+    print(
+        f"{time.monotonic() - begun:.1f} s; the daemon ran for {ran:.1f} s, and {waited:.1f} s it waited for a processor"
+    )
     return faults + settled(served, handles)
 
 

@@ -80,6 +80,12 @@ def num_handles(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def processor_s(pid: int) -> tuple[float, float]:
+    """Seconds that the main thread of a process has run, and that it has waited for a processor to run on (Linux)."""
+    ran, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    return int(ran) / 1e9, int(waited) / 1e9
+
+
 async def pieces(client: Client, submission: Submission) -> AsyncIterator[Any]:
     """The answer in pieces, `Delta`s and last a `Done`; a full queue is tried again when the daemon says so."""
     options = {f.name: getattr(submission, f.name) for f in dataclasses.fields(submission)}
