@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from serve import arguments as words
-from serve import curve, runtime, starter
+from serve import curve, runs, runtime, starter
 from serve.arguments import Arguments
+from serve.chat.printable import printable
 from serve.client import Client, connect
 from serve.engine import AdapterInfo
 from serve.errors import EXIT_DONE, UserError
-from serve.printable import printable
 from serve.runtime import Record
 
 GONE_POLL_SECONDS = 0.1
@@ -25,14 +25,14 @@ async def run(command: str, arguments: Arguments) -> int:
     if command in ("load", "unload") and not arguments.adapter:
         raise UserError(f"which run? try: {words.EXAMPLES[command]}")
     if command == "load" and record.hold != "echo":
-        words.check_finished(words.locate(arguments.adapter))
+        runs.check_finished(runs.locate(arguments.adapter))
     # A daemon that still loads can tell how it is, and be stopped.
     with await connect(record, until_ready=command in ("load", "unload")) as client:
         if command == "status":
             print(printable(describe((record.run, *record.runs[1:]), await client.status())))
         elif command == "load":
             # The daemon may have been started in another folder.
-            print(f"loaded {await client.load(str(Path(words.locate(arguments.adapter)).absolute()))}")
+            print(f"loaded {await client.load(str(Path(runs.locate(arguments.adapter)).absolute()))}")
         elif command == "unload":
             print(f"unloaded {await client.unload(arguments.adapter)}")
         else:
@@ -50,17 +50,16 @@ async def _stop(client: Client, record: Record) -> None:
     print(f"{record.run} is no longer served")
 
 
-def describe(runs: tuple[str, ...], status: dict[str, Any]) -> str:
+def describe(served: tuple[str, ...], status: dict[str, Any]) -> str:
     """The body of a STATUS answer in plain words, a line each matter."""
     info = status["info"]
     model = f"{info['model']} ({info['hold']}, {info['dtype']}), " if info else ""
-    served = ", ".join(runs)
     first, between = (_times(status[name]) for name in ("first_token_ms", "inter_token_ms"))
     endings = ", ".join(f"{number} {how}" for how, number in sorted(status["requests"].items()))
     num_requests = sum(status["requests"].values())
     memory = status["rss_bytes"] + sum(engine["rss_bytes"] for engine in status["engines"])
     lines = [
-        f"{served}: {model}{status['state']}, process {status['pid']}, up {status['uptime_s']:,.0f} s",
+        f"{', '.join(served)}: {model}{status['state']}, process {status['pid']}, up {status['uptime_s']:,.0f} s",
         f"slots       {status['busy_slots']} of {status['num_slots']} busy, {status['waiting']} requests waiting, "
         f"{status['clients']} clients",
         f"speed       {status['tokens_per_second']:,} tokens/s now, {status['tokens']:,} tokens since the start",
