@@ -9,6 +9,7 @@
 #   HOLD      merged | 4bit | adapters (serving)    DTYPE  auto | bf16 | fp32 (serving)
 #   LISTEN    host:port, serve over tcp as well     METRICS  port of this machine for Prometheus
 #   CONNECT   host:port, chat with a daemon there   ADAPTER  who answers; to load: a run folder
+#   SYSTEM    what the model reads before a chat
 #   SET       any option: SET="optim.lr=2e-4 batch.size=32", for serving SET="serve.slots=8"
 #   RUNS      several runs, to compare or to serve together: RUNS="one another"
 
@@ -44,7 +45,10 @@ TRAIN_ARGS = $(call given,PEFT MODEL NGPU DATA STRATEGY RUN HARDWARE PROBE NNODE
 SERVED = $(or $(RUN),$(notdir $(or $(MODEL),smollm2-135m))-$(or $(PEFT),lora))
 SERVED_ARGS = $(if $(RUNS)$(CONNECT),$(call given,RUN RUNS),'RUN=$(SERVED)')
 SERVE_ARGS = $(SERVED_ARGS) $(call given,HOLD DTYPE NGPU LISTEN METRICS ADAPTER CONNECT) $(SET)
-CHAT_ARGS = $(if $(CONNECT),,START=yes) $(SERVE_ARGS)
+# An environment may have a SYSTEM of its own; it is meant when it is typed.
+ASKED = $(if $(filter command,$(origin SYSTEM)),--system='$(subst ','\'',$(SYSTEM))')
+INFER_ARGS = $(SERVE_ARGS) $(ASKED)
+CHAT_ARGS = $(if $(CONNECT),,START=yes) $(INFER_ARGS)
 # Without a name, what is served is found.
 ASK_ARGS = $(call given,RUN ADAPTER CONNECT)
 IMAGE ?= afinar
@@ -93,7 +97,7 @@ two-runs:
 # The system's Python checks the variables of serving, too.
 check-serve check-chat check-infer: check-%:
 	@$(PYTHON) -m launcher.variables $(call given,PEFT MODEL RUN)
-	@$(PYTHON) -m serve.arguments $(if $(filter serve,$*),daemon,$*) $(if $(filter chat,$*),$(CHAT_ARGS),$(SERVE_ARGS))
+	@$(PYTHON) -m serve.arguments $(if $(filter serve,$*),daemon $(SERVE_ARGS),$* $(if $(filter chat,$*),$(CHAT_ARGS),$(INFER_ARGS)))
 
 serve: | check-serve setup ## hold a finished run, or several, in memory for clients
 	@$(PY) -m serve daemon $(SERVE_ARGS)
@@ -102,7 +106,7 @@ chat: | check-chat setup ## talk to a run; starts its daemon if none runs
 	@$(PY) -m serve chat $(CHAT_ARGS)
 
 infer: | check-infer setup ## daemon and terminal together, both gone at /quit
-	@$(PY) -m serve infer $(SERVE_ARGS)
+	@$(PY) -m serve infer $(INFER_ARGS)
 
 status: | setup ## what a daemon is doing: slots, queue, speed, adapters, memory
 	@$(PY) -m serve status $(ASK_ARGS)

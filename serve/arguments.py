@@ -4,19 +4,18 @@ Standard library only: `make` runs this file with the system's Python before it 
 """
 
 import dataclasses
-import json
-import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from serve import settings
-from serve.errors import ServeError, UserError, nearest
+from serve import runs, settings
+from serve.chat import flags
+from serve.errors import ServeError, UserError, nearest, report
 from serve.settings import Settings
 
-RUNS = Path("runs")
 MAX_PORT = 65535
 MAX_ENGINES = 64
 CHOICES = {
@@ -52,6 +51,8 @@ class Arguments:
 
     `listen` and `connect` are `host:port`, "" for this user on this machine only; control is at the next port.
     `metrics` is a port of the loopback, 0 for none; `adapter` who answers, "" for the first that is served.
+    `system` is the text before the conversation, `sampling` what `serve.chat.sampling` makes of `--set`, `files` are the
+    paths of texts that go in front of the question; `is_json`: answer as objects, one a line.
     """
 
     run: str = ""
@@ -64,6 +65,10 @@ class Arguments:
     metrics: int = 0
     adapter: str = ""
     connect: str = ""
+    system: str = ""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    is_json: bool = False
     settings: Settings = field(default_factory=Settings)
 
     @property
@@ -73,8 +78,8 @@ class Arguments:
 
     def words(self) -> list[str]:
         """The words that make a daemon serve this."""
-        runs = f"RUNS={' '.join(self.runs)}" if len(self.runs) > 1 else f"RUN={self.run}"
-        words = [runs, f"HOLD={self.hold}", f"DTYPE={self.dtype}", f"NGPU={self.num_gpus}"]
+        served = f"RUNS={' '.join(self.runs)}" if len(self.runs) > 1 else f"RUN={self.run}"
+        words = [served, f"HOLD={self.hold}", f"DTYPE={self.dtype}", f"NGPU={self.num_gpus}"]
         if self.listen:
             words.append(f"LISTEN={self.listen}")
         if self.metrics:
@@ -84,18 +89,19 @@ class Arguments:
 
 def parse(command: str, words: list[str]) -> Arguments:
     """Read the words after a command; raises `UserError`. An empty value is a variable that was not set."""
-    values, options = _split(command, words)
+    given = flags.split(words) if command in flags.COMMANDS else flags.Flags(tuple(words))
+    values, options = _split(command, given.words)
     start = values.get("START") == "yes"
     if command == "chat" and not start and (lost := [*values.keys() & {"HOLD", "DTYPE", "NGPU"}, *options]):
         raise UserError(f"{min(lost)} matters when a daemon starts, and none would; try START=yes")
     _check_together(values)
     hold = values.get("HOLD", "auto")
-    runs = _runs(values, "echo" if hold == "echo" and "RUNS" not in values else "")
-    if len(runs) > 1 and hold == "merged":
+    folders = _folders(values, "echo" if hold == "echo" and "RUNS" not in values else "")
+    if len(folders) > 1 and hold == "merged":
         raise UserError("HOLD=merged: one run only can be merged into its base; try HOLD=adapters")
     return Arguments(
-        run=runs[0] if runs else "",
-        runs=runs,
+        run=folders[0] if folders else "",
+        runs=folders,
         hold=hold,
         dtype=values.get("DTYPE", "auto"),
         start=start,
@@ -104,11 +110,15 @@ def parse(command: str, words: list[str]) -> Arguments:
         metrics=int(values.get("METRICS", "0")),
         adapter=values.get("ADAPTER", ""),
         connect=values.get("CONNECT", ""),
+        system=given.system,
+        sampling=given.sampling,
+        files=given.files,
+        is_json=given.is_json,
         settings=settings.parse(options),
     )
 
 
-def _split(command: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
+def _split(command: str, words: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """The variables that were set, each checked, and the options as they were given."""
     values: dict[str, str] = {}
     options: list[str] = []
@@ -159,11 +169,16 @@ def _check_address(value: str) -> str:
     return ""
 
 
+def _check_adapter(value: str) -> str:
+    return "" if flags.is_text(value) else "not UTF-8; try make status for the names"
+
+
 CHECKS: dict[str, Callable[[str], str]] = {
     "NGPU": _check_gpus,
     "METRICS": _check_metrics,
     "LISTEN": _check_address,
     "CONNECT": _check_address,
+    "ADAPTER": _check_adapter,
 }
 
 
@@ -180,29 +195,20 @@ def _check_together(values: dict[str, str]) -> None:
             raise UserError(f"METRICS={values['METRICS']}: LISTEN takes {port} and {port + 1}; try METRICS={port - 1}")
 
 
-def _runs(values: dict[str, str], default: str) -> tuple[str, ...]:
+def _folders(values: dict[str, str], default: str) -> tuple[str, ...]:
     """The folders that were named, each once, each with a name of its own: clients call an adapter by it."""
     given = values["RUNS"].split() if "RUNS" in values else [values.get("RUN", default)]
-    runs = [locate(run) for run in given if run]
+    folders = [runs.locate(run) for run in given if run]
     paths: dict[str, str] = {}
-    for run in runs:
-        name = Path(run).name
+    for folder in folders:
+        name = Path(folder).name
         if name in paths:
-            same = "named twice" if Path(paths[name]).absolute() == Path(run).absolute() else "two runs of that name"
-            raise UserError(f"RUNS: {run}: {same}; try another run, or rename one of the folders")
-        if name == "base" and len(runs) > 1:
-            raise UserError(f"RUNS: {run}: base is what the model without an adapter is called; rename the folder")
-        paths[name] = run
-    return tuple(runs)
-
-
-def locate(run: str) -> str:
-    """A folder as it was given; a bare name means `runs/<name>`, unless only the current folder has it."""
-    path = Path(run.rstrip("/") or run)
-    is_bare = len(path.parts) == 1 and run == path.name
-    if is_bare and ((RUNS / path).exists() or not path.exists()):
-        path = RUNS / path
-    return str(path) if path.name else str(path.resolve())
+            same = "named twice" if Path(paths[name]).absolute() == Path(folder).absolute() else "two runs of that name"
+            raise UserError(f"RUNS: {folder}: {same}; try another run, or rename one of the folders")
+        if name == "base" and len(folders) > 1:
+            raise UserError(f"RUNS: {folder}: base is what the model without an adapter is called; rename the folder")
+        paths[name] = folder
+    return tuple(folders)
 
 
 def require_finished(arguments: Arguments) -> Arguments:
@@ -210,48 +216,11 @@ def require_finished(arguments: Arguments) -> Arguments:
     if arguments.hold == "echo":
         return arguments
     if not arguments.run:
-        run = _only_run()
+        run = runs.only_run()
         return dataclasses.replace(arguments, run=run, runs=(run,))
     for run in arguments.runs or (arguments.run,):
-        check_finished(run)
+        runs.check_finished(run)
     return arguments
-
-
-def check_finished(run: str) -> None:
-    """Raise `UserError` unless the folder is a run that can be served."""
-    manifest = Path(run) / "run.json"
-    if not manifest.is_file():
-        others = finished_runs(Path(run).parent)
-        hint = f"{nearest(run, others)} Or train one: make train" if others else "train it first: make train"
-        raise UserError(f"{run} is not a run; {hint}")
-    fields = _read(manifest)
-    if fields.get("state") != "finished":
-        again = f"{fields['command']}   or begin another: " if "command" in fields else ""
-        state = fields.get("state", "no run.json to read")
-        raise UserError(f"{run} is not finished ({state}); finish it with: {again}make train")
-
-
-def finished_runs(folder: Path) -> list[str]:
-    """The runs in a folder that can be served."""
-    manifests = sorted(folder.glob("*/run.json"))
-    return [str(path.parent) for path in manifests if _read(path).get("state") == "finished"]
-
-
-def _only_run() -> str:
-    runs = finished_runs(RUNS)
-    if not runs:
-        raise UserError(f"there is no finished run in {RUNS}{os.sep} yet; train one: make train")
-    if len(runs) > 1:
-        raise UserError(f"which run? Try RUN={runs[0]}; there are: {', '.join(runs)}")
-    return runs[0]
-
-
-def _read(manifest: Path) -> dict[str, str]:
-    try:
-        fields = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
 
 
 def main(command: str, *words: str) -> None:
@@ -265,5 +234,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except ServeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         sys.exit(error.exit_code)

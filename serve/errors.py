@@ -1,8 +1,11 @@
 """What can go wrong for the user of a daemon, each kind with its own exit code. Standard library only."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
+
+from serve.chat.printable import printable
 
 EXIT_DONE = 0
 EXIT_OURS = 1
@@ -71,3 +74,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     folded = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
     return f"did you mean {folded[close[0]]}?" if close else f"choose from: {', '.join(choices)}"
+
+
+def report(error: ServeError) -> None:
+    """Say on stderr what went wrong: one line whatever it quotes, and nothing that a terminal would obey."""
+    line = printable(str(error)).replace("\n", "\\n")
+    # Closed from the start, it is None; and in one piece, because others may write to the same terminal.
+    if sys.stderr is not None:
+        sys.stderr.write(f"error: {line}\n")
