@@ -1,14 +1,21 @@
 """How far loading is: a live bar on a terminal, one line a stage anywhere else."""
 
 import os
+import sys
 from typing import TextIO
+
+from serve.chat.printable import printable
 
 WIDTH = 24
 
 
 def is_live(stream: TextIO) -> bool:
-    """Whether cursor movement and colour make sense on this stream."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    """Whether this stream may get escapes, be it for colour or to move the cursor; decided here for all of `serve`.
+
+    Not where stdout is read by a program: stderr may go the same way. NO_COLOR counts when it is not empty.
+    """
+    is_terminal = all(one is not None and one.isatty() for one in (stream, sys.stdout))
+    return is_terminal and os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 class Progress:
@@ -21,6 +28,8 @@ class Progress:
 
     def show(self, stage: str, done: int, total: int) -> None:
         """Stage `stage` is at `done` of `total`; total 0 means that nobody knows."""
+        # A daemon elsewhere may call it anything.
+        stage = printable(stage)
         if self._is_live:
             filled = WIDTH * min(done, total) // total if total else 0
             bar = f" [{'#' * filled}{'-' * (WIDTH - filled)}] {100 * done // total:3d}%" if total else " ..."
