@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING
 
 from serve import arguments as words
 from serve.arguments import Arguments
-from serve.errors import EXIT_CANCELLED, EXIT_DONE, ServeError, UserError, nearest
+from serve.chat import flags
+from serve.errors import EXIT_CANCELLED, EXIT_DONE, RequestError, ServeError, UserError, nearest, report
 
 if TYPE_CHECKING:
-    from serve.client import Client
+    import subprocess
+
+    from serve.client import Client, ShowProgress
     from serve.runtime import Record
+
+    Daemon = subprocess.Popen[bytes]
 
 STOP_SECONDS = 10.0
 
@@ -30,11 +35,14 @@ def main(args: list[str]) -> int:
     command, *rest = args
     if command not in words.NAMES:
         raise UserError(f"{command}: unknown command; {nearest(command, words.NAMES)} Try: python -m serve chat")
+    if "-h" in rest or "--help" in rest:
+        print(flags.help_text(command, words.NAMES[command]) if command in flags.COMMANDS else __doc__)
+        return EXIT_DONE
     parsed = words.parse(command, rest)
     if command == "daemon":
         return _daemon(words.require_finished(parsed))
     if command == "chat":
-        return asyncio.run(_chat(parsed))
+        return _chat(parsed)
     if command == "infer":
         return _infer(words.require_finished(parsed))
     if command == "keys":
@@ -54,67 +62,109 @@ def _daemon(arguments: Arguments) -> int:
     return daemon.main(arguments)
 
 
-async def _chat(arguments: Arguments) -> int:
+def _chat(arguments: Arguments) -> int:
     from serve import curve, runtime, starter
 
+    attached = _attached(arguments)
     folder = runtime.directory()
+    process = None
     if arguments.connect:
-        return await _talk(folder, arguments, curve.remote(arguments.connect))
-    if not arguments.start:
-        return await _talk(folder, arguments, starter.find_or_fail(folder, arguments))
-    record = starter.find(folder, arguments)
+        record: Record | None = curve.remote(arguments.connect)
+    elif arguments.start:
+        record = starter.find(folder, arguments)
+    else:
+        record = starter.find_or_fail(folder, arguments)
     if record is None:
         arguments = words.require_finished(arguments)
         process = starter.start(folder, arguments, is_child=False)
-        record = await starter.wait_until_published(folder, arguments, process)
-    return await _talk(folder, arguments, record)
+    return _talk(folder, arguments, attached, record, process)
 
 
 def _infer(arguments: Arguments) -> int:
     from serve import runtime, starter
 
+    attached = _attached(arguments)
     folder = runtime.directory()
     starter.require_unserved(folder, arguments)
     process = starter.start(folder, arguments, is_child=True)
-
-    async def talk() -> int:
-        return await _talk(folder, arguments, await starter.wait_until_published(folder, arguments, process))
-
     try:
-        return asyncio.run(talk())
+        return _talk(folder, arguments, attached, None, process)
     finally:
         starter.end(process, STOP_SECONDS)
 
 
-async def _talk(folder: Path, arguments: Arguments, record: "Record") -> int:
-    """Interactive where both ends are a terminal, one prompt and one answer otherwise."""
+def _attached(arguments: Arguments) -> list[str]:
+    """The files, read before anything is started; raises `UserError`."""
+    from serve.chat import piped
+    from serve.chat.files import read_file
+
+    if arguments.is_json and not piped.is_piped():
+        raise UserError(
+            "--json is for pipes, and both ends are a terminal; try: echo hello | python -m serve chat --json"
+        )
+    return [read_file(path) for path in arguments.files]
+
+
+def _talk(
+    folder: Path, arguments: Arguments, attached: list[str], record: "Record | None", process: "Daemon | None"
+) -> int:
+    """Interactive where both ends are a terminal, one question and one answer otherwise.
+
+    The daemon is the one of the record, or the `process` that was started and has no record yet.
+    """
     from serve import starter
-    from serve.client import Client, connect
-    from serve.progress import Progress, is_live
+    from serve.chat import piped
+
+    # Before the event loop, which would leave Ctrl-C waiting for the end of stdin.
+    question = piped.read_question(attached) if piped.is_piped() else ""
+
+    async def talk() -> int:
+        found = record
+        if found is None:
+            assert process is not None, "neither a daemon nor one that starts"
+            found = await starter.wait_until_published(folder, arguments, process)
+        if not question:
+            return await _converse(folder, arguments, found)
+        with await _connect_visibly(found, arguments) as client:
+            return await piped.answer(client, question, arguments)
+
+    return asyncio.run(talk())
+
+
+async def _converse(folder: Path, arguments: Arguments, record: "Record") -> int:
+    from serve import starter
+    from serve.chat.terminal import Terminal
+
+    async def reconnect(show: "ShowProgress") -> "Client":
+        found = record if arguments.connect else starter.find(folder, arguments)
+        if found is None and arguments.start:
+            started = starter.start(folder, words.require_finished(arguments), is_child=False)
+            found = await starter.wait_until_published(folder, arguments, started)
+        return await _connect(found or starter.find_or_fail(folder, arguments), arguments, show)
+
+    return await Terminal(await _connect_visibly(record, arguments), reconnect, arguments).run()
+
+
+async def _connect_visibly(record: "Record", arguments: Arguments) -> "Client":
+    """A person sees how far a daemon is with loading; a program that reads stderr does not."""
+    from serve.progress import Progress
 
     progress = Progress(sys.stderr)
+    is_seen = sys.stderr is not None and sys.stderr.isatty()
+    try:
+        return await _connect(record, arguments, progress.show if is_seen else lambda *_: None)
+    finally:
+        progress.clear()
 
-    async def connected(record: "Record") -> Client:
-        try:
-            show = progress.show if is_live(sys.stderr) else lambda *_: None
-            client = await connect(record, show, starter.adapter_of(record, arguments) or None)
-        finally:
-            progress.clear()
-        _require_as_asked(client, arguments)
-        return client
 
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        from serve import piped
+async def _connect(record: "Record", arguments: Arguments, show: "ShowProgress") -> "Client":
+    """A client of a daemon that is ready and holds its runs as was asked for."""
+    from serve import starter
+    from serve.client import connect
 
-        prompt = piped.read_prompt()
-        with await connected(record) as client:
-            return await piped.answer(client, prompt)
-    from serve.terminal import Terminal
-
-    async def reconnect() -> Client:
-        return await connected(record if arguments.connect else starter.find_or_fail(folder, arguments))
-
-    return await Terminal(await connected(record), reconnect).run()
+    client = await connect(record, show, starter.adapter_of(record, arguments) or None)
+    _require_as_asked(client, arguments)
+    return client
 
 
 def _require_as_asked(client: "Client", arguments: Arguments) -> None:
@@ -132,10 +182,20 @@ def run() -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except ServeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell_in_json(error)
+        report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        _tell_in_json(RequestError("E_CANCELLED", "cancelled", {}))
         sys.exit(EXIT_CANCELLED)
+
+
+def _tell_in_json(error: ServeError) -> None:
+    """For who asked for JSON: the last line of stdout says how it ended, whatever went wrong."""
+    if flags.is_json(sys.argv[1:]):
+        from serve.chat import piped
+
+        piped.tell_in_json(error)
 
 
 if __name__ == "__main__":
