@@ -124,14 +124,14 @@ def _talk(
             assert process is not None, "neither a daemon nor one that starts"
             found = await starter.wait_until_published(folder, arguments, process)
         if not question:
-            return await _converse(folder, arguments, found)
+            return await _converse(folder, arguments, attached, found)
         with await _connect_visibly(found, arguments) as client:
             return await piped.answer(client, question, arguments)
 
     return asyncio.run(talk())
 
 
-async def _converse(folder: Path, arguments: Arguments, record: "Record") -> int:
+async def _converse(folder: Path, arguments: Arguments, attached: list[str], record: "Record") -> int:
     from serve import starter
     from serve.chat.terminal import Terminal
 
@@ -142,7 +142,7 @@ async def _converse(folder: Path, arguments: Arguments, record: "Record") -> int
             found = await starter.wait_until_published(folder, arguments, started)
         return await _connect(found or starter.find_or_fail(folder, arguments), arguments, show)
 
-    return await Terminal(await _connect_visibly(record, arguments), reconnect, arguments).run()
+    return await Terminal(await _connect_visibly(record, arguments), reconnect, arguments, attached).run()
 
 
 async def _connect_visibly(record: "Record", arguments: Arguments) -> "Client":

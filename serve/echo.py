@@ -40,10 +40,10 @@ class EchoEngine:
     STOP = 256
     TURN = 257
 
-    def __init__(self, num_slots: int = 8) -> None:
-        base = AdapterInfo(BASE, "", "none", context=2048)
+    def __init__(self, num_slots: int = 8, context: int = 2048) -> None:
+        base = AdapterInfo(BASE, "", "none", context=context)
         self.info = EngineInfo(
-            "echo", "echo", "echo", "none", ("cpu",), context=2048, num_slots=num_slots, chunk=CHUNK,
+            "echo", "echo", "echo", "none", ("cpu",), context=context, num_slots=num_slots, chunk=CHUNK,
             stop_ids=(self.STOP,), adapters=(base,),
         )  # fmt: skip
         self._delay = float(os.environ.get("AFINAR_ECHO_DELAY", "0"))
@@ -119,7 +119,7 @@ def open_echo(load: Load) -> EchoEngine:
     """An echo engine with the adapters of several runs; of a single one the base, as if merged. Raises `UserError`."""
     # Where torch is, it has use for the buffers that are kept.
     return_large_buffers()
-    engine = EchoEngine(load.settings.slots or 8)
+    engine = EchoEngine(load.settings.slots or 8, load.settings.context or 2048)
     for run in load.runs if len(load.runs) > 1 else ():
         try:
             engine.load_adapter(run)

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import pty
-import re
 import select
 import shutil
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyte
 import pytest
 import zmq
 
@@ -196,15 +196,20 @@ def text_of(deltas: list[Message]) -> str:
 
 
 class Screen:
-    """A program (`through`: another command) in a real pseudo-terminal; `text` is what it wrote, without escapes."""
+    """A program (`through`: another command) in a real pseudo-terminal, seen by a real terminal emulator.
 
-    ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
+    `text` is all that a user could scroll back to, row by row without the blanks at their ends.
+    """
 
-    def __init__(self, box: Box, *words: str, through: tuple[str, ...] = (), **extra: str) -> None:
+    def __init__(
+        self, box: Box, *words: str, through: tuple[str, ...] = (), size: tuple[int, int] = (100, 30), **extra: str
+    ) -> None:
         master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
         self.master = master
         self.raw = b""
+        self.emulator = pyte.HistoryScreen(*size, history=10_000, ratio=1e-9)
+        self._stream = pyte.ByteStream(self.emulator)
+        self.resize(*size)
 
         def take_terminal() -> None:
             fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
@@ -230,30 +235,74 @@ class Screen:
         os.close(self.master)
 
     @property
+    def rows(self) -> list[str]:
+        """The history and the screen, without the empty rows at the end."""
+        past = ["".join(row[x].data for x in range(self.emulator.columns)) for row in self.emulator.history.top]
+        rows = [row.rstrip() for row in [*past, *self.emulator.display]]
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
+
+    @property
     def text(self) -> str:
-        return self.ESCAPES.sub("", self.raw.decode(errors="replace")).replace("\r", "")
+        return "\n".join(self.rows)
+
+    @property
+    def said(self) -> list[str]:
+        """The rows above the prompt."""
+        rows = self.rows
+        last = max((i for i, row in enumerate(rows) if row.startswith(">")), default=len(rows))
+        return rows[:last]
+
+    def resize(self, columns: int, lines: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.emulator.resize(lines, columns)
 
     def type(self, keys: str) -> None:
-        self.raw = b""
         os.write(self.master, keys.encode())
 
+    def read(self, seconds: float) -> bool:
+        """Take what the program wrote; False if it has closed the terminal."""
+        if select.select([self.master], [], [], seconds)[0]:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:
+                return False
+            self.raw += data
+            self._stream.feed(data)
+        return True
+
     def expect(self, wanted: str, seconds: float = 8.0) -> str:
+        """Read until it can be seen."""
         end = time.monotonic() + seconds
         while wanted not in self.text:
-            assert time.monotonic() < end, f"{wanted!r} did not appear in {self.text!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
-                try:
-                    self.raw += os.read(self.master, 65536)
-                except OSError:
-                    raise AssertionError(f"{wanted!r} did not appear before the end: {self.text!r}") from None
+            assert time.monotonic() < end, f"{wanted!r} did not appear in:\n{self.text}"
+            assert self.read(0.1) or wanted in self.text, f"{wanted!r} did not appear before the end:\n{self.text}"
         return self.text
+
+    def ask(self, line: str, wanted: str) -> list[str]:
+        """Enter a line, wait until `wanted` appears below it, and give back the rows that came with it."""
+        before = len(self.said)
+        self.type(f"{line}\r")
+        end = time.monotonic() + 8.0
+        while wanted not in "\n".join(self.said[before + 1 :]):
+            assert time.monotonic() < end, f"{wanted!r} did not appear in:\n{self.text}"
+            assert self.read(0.1), self.text
+        return self.said[before:]
+
+    def settle(self, quiet: float = 0.3, seconds: float = 8.0) -> None:
+        """Read on until nothing more comes."""
+        end = time.monotonic() + seconds
+        while select.select([self.master], [], [], quiet)[0]:
+            assert time.monotonic() < end, f"still drawing:\n{self.text}"
+            self.read(0.0)
 
     def wait(self, seconds: float = 8.0) -> int:
         """Read on until the program has ended; its exit code."""
         end = time.monotonic() + seconds
         while self.process.poll() is None:
-            assert time.monotonic() < end, f"still running: {self.text!r}"
-            if select.select([self.master], [], [], 0.05)[0]:
-                with contextlib.suppress(OSError):
-                    self.raw += os.read(self.master, 65536)
+            assert time.monotonic() < end, f"still running:\n{self.text}"
+            self.read(0.05)
+        while self.read(0.0) and select.select([self.master], [], [], 0.0)[0]:
+            pass
         return self.process.returncode

@@ -14,7 +14,7 @@ TORCH_FREE = [
     "launcher.architecture", "launcher.memory", "launcher.choices", "launcher.strategies", "launcher.supervise",
     "launcher.failures", "launcher.beat", "launcher.stopping", "launcher.probe", "launcher.train",
     "launcher.data", "launcher.sources", "launcher.shapes", "launcher.hubdata", "launcher.compare", "launcher.chat", "launcher.rundir", "launcher.weights", "launcher.__main__",
-    "serve.protocol", "serve.client", "serve.terminal", "serve.daemon", "serve.slots", "serve.engine", "serve.__main__",
+    "serve.protocol", "serve.client", "serve.chat.terminal", "serve.chat.piped", "serve.daemon", "serve.slots", "serve.engine", "serve.__main__",
 ]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def imports(file):
 
 
 def files(package):
-    return sorted((ROOT / package).glob("*.py"))
+    return sorted((ROOT / package).rglob("*.py"))
 
 
 def test_launcher_never_imports_serve():

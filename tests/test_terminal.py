@@ -1,56 +1,101 @@
-"""The terminal client in a real pseudo-terminal, and the same program in a pipe."""
+"""The terminal client in a real pseudo-terminal, seen by a terminal emulator."""
 
-import fcntl
+import contextlib
+import json
 import os
+import random
+import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from serve import runtime
-from tests.serve_fixtures import Box, Screen, box, children, wait_until
+from tests.serve_fixtures import Box, Screen, box, wait_until
 
 __all__ = ["box"]
 LEAVE = "\x04"
 INTERRUPT = "\x03"
 UP = "\x1b[A"
+LONG = "abcdefghijklmnopqrstuvwxyz" * 5
+SAMPLES = Path(__file__).parent / "samples"
+
+
+def conversations(box: Box) -> list[Path]:
+    return sorted((box.folder / ".local/state/afinar/conversations").glob("*.jsonl"))
+
+
+def events(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_conversation(box: Box) -> None:
     box.daemon()
     with Screen(box, "chat") as screen:
-        assert "runs/echo: echo (echo, none), context 2048 tokens" in screen.expect("\n>")
-        screen.type("hola ñ\r")
-        screen.expect("\nhola ñ\n7 tokens, ")
-        screen.type("/hepl\r")
-        screen.expect("did you mean /help?")
-        screen.type("/help\r")
-        screen.expect("/reset")
-        screen.type("/status\r")
-        assert "0 of 8 slots busy" in screen.expect("conversation\n>")
+        screen.expect("\n>")
+        assert screen.said == [
+            "runs/echo: echo (echo, none), 2048 tokens. /help shows the commands, Ctrl-D leaves.",
+        ]
+        assert screen.ask("hola ñ", "hola ñ") == ["> hola ñ", "hola ñ"]
+        screen.expect("15/2048 tokens")
+        assert screen.ask("/status", "slots")[-1].startswith("0 of 8 slots busy, 0 waiting; 1 exchanges in this")
         screen.type(INTERRUPT)
-        screen.expect("Ctrl-D or /quit leaves.")
+        screen.expect("Ctrl-D or /quit leaves.\n>")
         screen.type("/quit\r")
         assert screen.wait() == 0
+    (path,) = conversations(box)
+    assert [event["kind"] for event in events(path)] == ["conversation", "begin", "user", "answer"]
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_prompt(box: Box) -> None:
+def test_ctrl_c_stops_the_answer_and_keeps_what_came(box: Box) -> None:
     box.daemon(0.03)
     with Screen(box, "chat") as screen:
         screen.expect("\n>")
-        screen.type("abcdefghijklmnopqrstuvwxyz" * 5 + "\r")
+        screen.type(LONG + "\r")
         screen.expect("\nabcdef")
-        pressed = time.monotonic()
-        os.write(screen.master, INTERRUPT.encode())
-        screen.expect(" [interrupted]\n")
-        assert time.monotonic() - pressed < 1.0
-        screen.type("next\r")
-        screen.expect("\nnext\n4 tokens")
-        screen.type("/status\r")
-        screen.expect("0 of 8 slots busy, 0 waiting, 4 turns")
+        screen.expect("answering")
+        screen.type(INTERRUPT)
+        screen.expect(" [interrupted]\n>")
+        assert screen.ask("next", "next")[-1] == "next"
+        assert "0 of 8 slots busy, 0 waiting; 2 exchanges" in screen.ask("/status", "slots")[-1]
         screen.type(LEAVE)
         assert screen.wait() == 0
+
+
+def test_ctrl_c_empties_a_prompt_before_anything_else(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type("half a question")
+        screen.expect("> half a question")
+        screen.type(INTERRUPT)
+        wait_until(lambda: screen.read(0.05) and "half" not in screen.text)
+        screen.type(INTERRUPT)
+        screen.expect("Ctrl-D or /quit leaves.\n>")
+
+
+@pytest.mark.slow
+def test_fifty_cancels_leave_nothing_behind(box: Box) -> None:
+    box.daemon(0.01, "serve.context=100000")
+    chosen = random.Random(0)
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        for number in range(50):
+            screen.type(f"{number:02d}{LONG}\r")
+            # From before it is accepted until deep in the answer.
+            end = time.monotonic() + chosen.random() * 0.8
+            while time.monotonic() < end:
+                screen.read(0.01)
+            screen.type(INTERRUPT)
+            wait_until(lambda: screen.read(0.01) and "answering" not in screen.text and "reading" not in screen.text)
+        assert "0 of 8 slots busy, 0 waiting" in screen.ask("/status", "slots")[-1]
+        screen.type(LEAVE)
+        assert screen.wait() == 0
+    (path,) = conversations(box)
+    kinds = [event["kind"] for event in events(path) if event["kind"] in ("user", "answer", "withdraw")]
+    assert all(one == "user" and other != "user" for one, other in zip(kinds[::2], kinds[1::2], strict=True))
 
 
 def test_ctrl_c_is_not_for_make(box: Box) -> None:
@@ -58,9 +103,9 @@ def test_ctrl_c_is_not_for_make(box: Box) -> None:
     (box.work / "Makefile").write_text(f"chat:\n\t@{sys.executable} -m serve chat\n")
     with Screen(box, through=("make", "chat")) as screen:
         screen.expect("\n>")
-        screen.type("abcdefghijklmnopqrstuvwxyz" * 5 + "\r")
+        screen.type(LONG + "\r")
         screen.expect("\nabc")
-        os.write(screen.master, INTERRUPT.encode())
+        screen.type(INTERRUPT)
         screen.expect("[interrupted]\n")
         screen.type(LEAVE)
         assert screen.wait() == 0
@@ -71,59 +116,158 @@ def test_an_impatient_user_breaks_nothing(box: Box) -> None:
     box.daemon(0.03)
     with Screen(box, "chat") as screen:
         screen.expect("\n>")
-        screen.type("abcdefghijklmnopqrstuvwxyz" * 5 + "\r")
+        screen.type(LONG + "\r")
         screen.expect("\nabc")
-        os.write(screen.master, b"typed ahead")
         for _ in range(20):
             os.kill(screen.process.pid, signal.SIGINT)
             time.sleep(0.005)
         screen.expect(" [interrupted]\n")
-        screen.type("\r")
-        screen.expect("\ntyped ahead\n11 tokens")
-        # Right after an answer, perhaps before the prompt is back.
-        screen.type("x\r")
-        os.write(screen.master, LEAVE.encode())
+        screen.type("one\rtwo\r")
+        screen.expect("\ntwo\n>")
+        # Right after an answer, while the next one runs.
+        screen.type(LONG + "\r" + LEAVE)
         assert screen.wait() == 0
+
+
+def test_lines_typed_during_an_answer_wait_for_its_end(box: Box) -> None:
+    box.daemon(0.02)
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type(LONG + "\r")
+        screen.expect("answering")
+        screen.type("after it\r")
+        screen.expect("1 lines wait")
+        screen.type("/status\r/help\r")
+        # What needs no daemon does not wait.
+        screen.expect("Ctrl-X Ctrl-E")
+        assert LONG[-20:] not in screen.text.split("/help\n")[-1]
+        screen.expect("\nafter it\n0 of 8 slots busy")
+        screen.type("/quit\r")
+        assert screen.wait() == 0
+
+
+def test_quit_during_an_answer_keeps_what_came(box: Box) -> None:
+    box.daemon(0.03)
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type(LONG + "\r")
+        screen.expect("\nabcd")
+        screen.type("/quit\r")
+        assert screen.wait() == 0
+    (path,) = conversations(box)
+    answer = events(path)[-1]
+    assert answer["is_interrupted"] and LONG.startswith(answer["text"]) and len(answer["text"]) >= 4
 
 
 def test_prompts_are_remembered_over_a_restart(box: Box) -> None:
     box.daemon()
-    with Screen(box, "chat") as screen:
-        screen.expect("\n>")
-        screen.type("remember me\r")
-        screen.expect("tokens/s")
-        screen.type(LEAVE)
-        assert screen.wait() == 0
+    for keys in ("remember me\r", UP):
+        with Screen(box, "chat") as screen:
+            screen.expect("\n>")
+            screen.type(keys)
+            screen.expect("> remember me")
+            if keys != UP:
+                screen.expect("\nremember me\n>")
+            else:
+                screen.type("\r")
+                screen.expect("\nremember me\n>")
+            screen.type(LEAVE)
+            assert screen.wait() == 0
     history = box.folder / ".local" / "state" / "afinar" / "history"
     assert history.stat().st_mode & 0o777 == 0o600
+
+
+def test_several_lines_are_one_message(box: Box) -> None:
+    box.daemon()
     with Screen(box, "chat") as screen:
         screen.expect("\n>")
-        screen.type(UP)
-        screen.expect("remember me")
+        screen.type("\x1b[200~one\r\ntwo\r\x1b[201~")
+        screen.expect("two")
+        screen.type("\x1b\rthree\r")
+        screen.expect("\none\ntwo\n\nthree\n>")
+        assert screen.said[-7:] == ["> one", "  two", "", "  three", "one", "two", "", "three"][-7:]
+
+
+def test_the_editor_of_the_user_writes_the_question(box: Box) -> None:
+    box.daemon()
+    editor = box.folder / "editor"
+    editor.write_text("#!/bin/sh\necho from the editor > $1\n")
+    editor.chmod(0o755)
+    with Screen(box, "chat", EDITOR=str(editor)) as screen:
+        screen.expect("\n>")
+        screen.type("\x18\x05")
+        screen.expect("> from the editor")
         screen.type("\r")
-        screen.expect("11 tokens")
-        screen.type(LEAVE)
-        assert screen.wait() == 0
+        screen.expect("\nfrom the editor\n>")
 
 
-def test_a_conversation_outlives_its_daemon(box: Box) -> None:
+def test_a_conversation_outlives_its_daemon_and_asks_nothing_twice(box: Box) -> None:
     daemon = box.daemon(0.03)
     with Screen(box, "chat") as screen:
         screen.expect("\n>")
-        screen.type("abcdefghijklmnopqrstuvwxyz" * 5 + "\r")
+        screen.type(LONG + "\r")
         screen.expect("\nabc")
         daemon.kill()
         daemon.wait()
-        screen.expect("is gone")
-        screen.type("anybody?\r")
-        screen.expect("no run is served")
+        screen.expect("Looking for a daemon")
         box.daemon()
-        screen.type("and now?\r")
-        screen.expect("\nand now?\n8 tokens")
-        screen.type("/status\r")
-        screen.expect("4 turns")
+        screen.expect("Connected again. Enter asks again.\n> /regenerate")
+        assert box.events()[-1]["event"] != "submit"
+        screen.type("\r")
+        screen.expect(f"\n{LONG[:99]}\n{LONG[99:]}\n>")
+        assert "1 exchanges" in screen.ask("/status", "slots")[-1]
         screen.type(LEAVE)
         assert screen.wait() == 0
+
+
+def test_looking_for_a_daemon_can_be_stopped_and_the_question_stays(box: Box) -> None:
+    daemon = box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        daemon.kill()
+        daemon.wait()
+        screen.type("anybody?\r")
+        screen.expect("Looking for a daemon")
+        screen.type(INTERRUPT)
+        screen.expect("> anybody?\n echo@base")
+        box.daemon()
+        screen.type("\r")
+        screen.expect("Connected: runs/echo")
+        screen.expect("\nanybody?\n>")
+
+
+def test_what_does_not_fit_is_the_users_choice(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.ask("/system S", "system: S")
+        for letter in "abc":
+            screen.type(letter * 300 + "\r")
+            screen.settle()
+        assert screen.ask("d" * 300, "do not ask")[-4:] == [
+            "2101 characters, and 2048 tokens are there: this question does not fit with all before it.",
+            "  d      leave out the oldest 1 exchanges",
+            "  s      and put your own summary in their place",
+            "  Enter  do not ask",
+        ]
+        # Neither answer nor Ctrl-C: the question is not asked.
+        screen.type(INTERRUPT)
+        screen.settle()
+        screen.type("\r")
+        screen.settle()
+        screen.ask("", "Not asked.")
+        # The question stands at the prompt again.
+        screen.settle()
+        screen.type("\r")
+        screen.settle()
+        screen.ask("s", "on one line:")
+        screen.ask("it was about a", "1 exchanges are no longer sent; the system text stays.")
+        screen.settle()
+        screen.type(LEAVE)
+        assert screen.wait() == 0
+    (path,) = conversations(box)
+    kinds = [event["kind"] for event in events(path)]
+    assert kinds[-3:] == ["drop", "summary", "answer"] and "withdraw" in kinds
 
 
 def test_model_output_cannot_reach_the_terminal(box: Box) -> None:
@@ -134,86 +278,15 @@ def test_model_output_cannot_reach_the_terminal(box: Box) -> None:
         screen.type("a\x11\x1b]0;title\r")
         screen.expect("\na\\x1b]0;title\n")
         assert b"\x1b]0;" not in screen.raw
-        screen.type(LEAVE)
-        assert screen.wait() == 0
-
-
-def test_a_pipe_gets_plain_text(box: Box) -> None:
-    box.daemon()
-    done = box.run("chat", stdin="first line\nsecond \x1b[31mred\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "first line\nsecond \\x1b[31mred\n"
-
-
-def test_exit_codes_of_a_pipe(box: Box) -> None:
-    done = box.run("chat", stdin="hi")
-    assert done.returncode == 3
-    assert done.stderr.startswith("error: no run is served; try: make serve") and done.stderr.count("\n") == 1
-    done = box.run("chat", "RUN=nothing", stdin="hi")
-    assert done.returncode == 2 and done.stderr.endswith("make train\n")
-    box.daemon(0.02)
-    assert box.run("chat", stdin=" \n").returncode == 2
-    assert box.run("chat", "RNU=x", stdin="hi").returncode == 2
-    done = box.run("chat", stdin="x" * 5000)
-    assert done.returncode == 4 and "5001 tokens" in done.stderr
-    client = box.start("chat")
-    assert client.stdin is not None and client.stdout is not None and client.stderr is not None
-    client.stdin.write("x" * 900)
-    client.stdin.close()
-    assert client.stdout.read(3) == "xxx"
-    client.send_signal(signal.SIGINT)
-    assert client.wait(5) == 5
-    assert client.stderr.read() == "error: cancelled\n"
-
-
-def test_a_dead_engine_is_exit_code_6(box: Box) -> None:
-    daemon = box.daemon(0.02)
-    client = box.start("chat")
-    assert client.stdin is not None and client.stdout is not None
-    client.stdin.write("x" * 900)
-    client.stdin.close()
-    client.stdout.read(1)
-    (engine,) = children(daemon.pid)
-    os.kill(engine, signal.SIGKILL)
-    assert client.wait(5) == 6
-
-
-def test_a_reader_that_stops_early_is_no_crash(box: Box) -> None:
-    box.daemon(0.005)
-    words = f"echo {'x' * 300} | {sys.executable} -m serve chat | head -c 5"
-    done = subprocess.run(
-        words, shell=True, cwd=box.work, env=box.environment(), capture_output=True, text=True, timeout=20
-    )
-    assert (done.stdout, done.stderr) == ("xxxxx", "")
-
-
-def test_chat_can_start_a_daemon_that_stays(box: Box) -> None:
-    done = box.run("chat", "START=yes", "HOLD=echo", stdin="hi")
-    assert (done.returncode, done.stdout) == (0, "hi\n")
-    record = box.record()
-    assert record.is_alive
-    assert box.run("chat", "START=yes", stdin="ho").stdout == "ho\n"
-    assert box.record() == record
-    os.kill(record.pid, signal.SIGTERM)
-    wait_until(lambda: box.left() == set())
-
-
-def test_a_daemon_that_cannot_start_says_why(box: Box) -> None:
-    box.runtime.mkdir(mode=0o700)
-    lock = (box.runtime / "echo.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    done = box.run("chat", "START=yes", "HOLD=echo", stdin="hi")
-    lock.close()
-    assert done.returncode == 2 and "already served" in done.stderr
 
 
 def test_infer_is_gone_with_its_client(box: Box) -> None:
     with Screen(box, "infer", "HOLD=echo", AFINAR_ECHO_DELAY="0.03") as screen:
         screen.expect("\n>")
         record = box.record()
-        screen.type("abcdefghijklmnopqrstuvwxyz\r")
+        screen.type(LONG + "\r")
         screen.expect("\nabc")
-        os.write(screen.master, INTERRUPT.encode())
+        screen.type(INTERRUPT)
         screen.expect("[interrupted]")
         assert record.is_alive
         screen.type(LEAVE)
@@ -227,15 +300,66 @@ def test_infer_is_gone_with_its_client(box: Box) -> None:
     assert box.left() == set()
 
 
+def test_chat_starts_another_daemon_when_the_one_it_started_dies(box: Box) -> None:
+    with Screen(box, "chat", "START=yes", "HOLD=echo", AFINAR_ECHO_DELAY="0.03") as screen:
+        screen.expect("\n>")
+        screen.type(LONG + "\r")
+        screen.expect("\nabc")
+        os.kill(box.record().pid, signal.SIGKILL)
+        screen.expect("Connected again. Enter asks again.\n> /regenerate")
+
+
 def test_the_prompt_comes_quickly_and_without_torch(box: Box) -> None:
     box.daemon()
-    with Screen(box, "chat") as screen:
+    for _ in range(2):
+        begin = time.monotonic()
+        with Screen(box, "chat") as screen:
+            screen.expect("\n>")
+            seconds = time.monotonic() - begin
+            assert "libtorch" not in Path(f"/proc/{screen.process.pid}/maps").read_text()
+    # 0.5 s is the aim, met with room to spare on an idle machine; twice that on a busy one.
+    assert seconds < 1.0
+
+
+@pytest.mark.parametrize("variable", ["TERM=dumb", "NO_COLOR=1"])
+def test_a_terminal_that_cannot_draw_gets_no_escape(box: Box, variable: str) -> None:
+    box.daemon()
+    name, _, value = variable.partition("=")
+    with Screen(box, "chat", **{name: value}) as screen:
         screen.expect("\n>")
-        screen.type(LEAVE)
+        screen.type("**hola**\r")
+        screen.expect("\n**hola**\n")
+        screen.type("/undo\r")
+        screen.expect("Taken back: **hola**")
+        screen.type("/quit\r")
         assert screen.wait() == 0
-    begin = time.monotonic()
-    with Screen(box, "chat") as screen:
+        assert b"\x1b" not in screen.raw
+
+
+@pytest.mark.slow
+def test_every_line_of_a_long_answer_is_there_once_and_a_token_costs_the_same(box: Box) -> None:
+    (box.work / "long").mkdir()
+    lines = [f"- L{n:04d} **b** `c` 漢字 🙂" if n % 3 else f"| L{n:04d} | x |" for n in range(2000)]
+    (box.work / "long" / "prefix").write_text("\n".join(lines) + "\n")
+    box.daemon(0.0, "serve.context=200000")
+    assert box.run("load", "ADAPTER=long").returncode == 0
+    with Screen(box, "chat", "ADAPTER=long", size=(80, 24)) as screen:
         screen.expect("\n>")
-        # 0.5 s is the aim, met with room to spare on an idle machine; twice that on a busy one.
-        assert time.monotonic() - begin < 1.0
-        assert "libtorch" not in Path(f"/proc/{screen.process.pid}/maps").read_text()
+        screen.type("go\r")
+        screen.expect("L0300", 60)
+        screen.resize(100, 30)
+        screen.expect("\ngo\n>", 120)
+        seen = re.findall(r"L\d{4}", "\n".join(screen.said))
+        assert seen == [f"L{n:04d}" for n in range(2000)]
+
+
+def test_a_language_of_the_user(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat", AFINAR_LANG="es") as screen:
+        screen.expect("/help muestra los comandos, Ctrl-D sale.\n>")
+        assert screen.ask("/undo", "error") == [
+            "> /undo",
+            "error: Aún no se ha preguntado nada; prueba con una pregunta.",
+        ]
+        with contextlib.suppress(AssertionError):
+            screen.ask("/quit", "never")

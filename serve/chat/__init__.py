@@ -1,1 +1,5 @@
-"""The terminal client of `make chat`."""
+"""The client of `make chat`: on a terminal, or in a pipe. No torch, nothing of launcher.
+
+Read in this order: `conversation` (what stands), `talk` (asking a daemon), `answers` and `markdown` (what becomes of a text),
+`screen`, `commands`, `actions`, `terminal`.
+"""

@@ -43,6 +43,22 @@ def to_messages_line(conversation: Conversation) -> str:
     return _encodable(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 
+def code_blocks(text: str) -> list[str]:
+    """The blocks of code in an answer, without their fences; one that was cut off goes to the end."""
+    blocks: list[list[str]] = []
+    fence = ""
+    for line in text.split("\n"):
+        match = FENCE.fullmatch(line)
+        if match and not fence and not (match[1][0] == "`" and "`" in match[2]):
+            fence = match[1]
+            blocks.append([])
+        elif match and fence and match[1].startswith(fence) and not match[2].strip():
+            fence = ""
+        elif fence:
+            blocks[-1].append(line)
+    return ["\n".join(lines) for lines in blocks]
+
+
 def _closed(text: str) -> str:
     """The text; a block of code that its end has cut is closed, or it would swallow the headings that follow."""
     fence = ""

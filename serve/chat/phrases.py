@@ -1,0 +1,108 @@
+"""What the terminal says, in English and in Spanish. What a daemon says comes as it is, in English."""
+
+import os
+from collections.abc import Mapping
+
+LANGUAGES = ("en", "es")
+
+PHRASES: dict[str, tuple[str, str]] = {
+    # What commands are for, by their names.
+    "/help": ("show this", "mostrar esto"),
+    "/quit": ("leave (so does Ctrl-D)", "salir (también Ctrl-D)"),
+    "/reset": ("forget the turns and begin again", "olvidar los turnos y empezar de nuevo"),
+    "/system": ("the text that stands before all turns; - for none", "el texto que precede a todos los turnos; - para ninguno"),
+    "/set": ("how answers are sampled: /set temperature=0.7 seed=1", "cómo se muestrea: /set temperature=0.7 seed=1"),
+    "/params": ("how answers are sampled now", "cómo se muestrea ahora"),
+    "/regenerate": ("another answer to the last question", "otra respuesta a la última pregunta"),
+    "/undo": ("take back the last question and its answer", "deshacer la última pregunta y su respuesta"),
+    "/edit": ("change the last question and ask again", "cambiar la última pregunta y repetirla"),
+    "/adapter": ("who answers from now on", "quién responde a partir de ahora"),
+    "/adapters": ("who can answer", "quién puede responder"),
+    "/compare": ("the last question, answered by several: /compare one base", "la última pregunta, respondida por varios: /compare uno base"),
+    "/stats": ("figures of the last answer", "cifras de la última respuesta"),
+    "/save": ("give this conversation a name", "dar nombre a esta conversación"),
+    "/load": ("begin a new conversation with what another one holds", "empezar una conversación nueva con el contenido de otra"),
+    "/resume": ("go on with a conversation; without a name: list them", "continuar una conversación; sin nombre: listarlas"),
+    "/export": ("write it as x.md, or as x.jsonl for make train DATA=", "escribirla como x.md, o x.jsonl para make train DATA="),
+    "/copy": ("the last answer to the clipboard; /copy code: its last block", "la última respuesta al portapapeles; /copy code: su último bloque"),
+    "/file": ("put a file in front of the next question", "anteponer un archivo a la próxima pregunta"),
+    "/status": ("what the daemon is doing", "qué está haciendo el demonio"),
+    # Keys.
+    "Ctrl-C": ("stop the answer, keep what came of it", "parar la respuesta y conservar lo recibido"),
+    "Alt-Enter": ("a new line in the question", "una línea nueva en la pregunta"),
+    "Ctrl-X Ctrl-E": ("write the question in $EDITOR", "escribir la pregunta en $EDITOR"),
+    "Up, Ctrl-R": ("earlier questions, also those of other days", "preguntas anteriores, también de otros días"),
+    # Lines.
+    "help_hint": ("/help shows the commands, Ctrl-D leaves.", "/help muestra los comandos, Ctrl-D sale."),
+    "leave_hint": ("Ctrl-D or /quit leaves.", "Ctrl-D o /quit para salir."),
+    "interrupted": ("[interrupted]", "[interrumpida]"),
+    "unknown": ("{word}: unknown command; {hint} Try /help", "{word}: comando desconocido; {hint} Prueba /help"),
+    "takes_nothing": ("{name} takes nothing after it; try {name}", "{name} no lleva nada detrás; prueba {name}"),
+    "needs": ("{name} needs {what}; try {example}", "{name} necesita {what}; prueba {example}"),
+    "forgotten": ("The turns are forgotten.", "Los turnos se han olvidado."),
+    "system_is": ("system: {text}", "sistema: {text}"),
+    "no_system": ("There is no system text; try /system Answer in one sentence.", "No hay texto de sistema; prueba /system Responde en una frase."),
+    "params_are": ("{values}", "{values}"),
+    "no_params": ("Greedy: the likeliest token each time. Try /set temperature=0.7", "Voraz: siempre el token más probable. Prueba /set temperature=0.7"),
+    "nothing_asked": ("Nothing was asked yet; try a question first.", "Aún no se ha preguntado nada; prueba con una pregunta."),
+    "undone": ("Taken back: {question}", "Deshecho: {question}"),
+    "answers_now": ("{name} answers from now on.", "{name} responde a partir de ahora."),
+    "no_stats": ("There was no answer yet; try a question first.", "Aún no hubo respuesta; prueba con una pregunta."),
+    "saved": ("This conversation is {name} now; go on with it: /resume {name}", "Esta conversación se llama {name}; para continuarla: /resume {name}"),
+    "loaded": ("{exchanges} from {name}, in a new conversation.", "{exchanges} de {name}, en una conversación nueva."),
+    "resumed": ("{name}: {exchanges}. The last question: {question}", "{name}: {exchanges}. La última pregunta: {question}"),
+    "no_conversations": ("No conversation is kept yet.", "Aún no hay conversaciones guardadas."),
+    "exchanges": ("{number} exchanges", "{number} intercambios"),
+    "exported": ("written: {path}", "escrito: {path}"),
+    "trains": ("written: {path}; learn from it: make train DATA={path}", "escrito: {path}; para aprender de ello: make train DATA={path}"),
+    "file_exists": ("{path} is there already; try another name", "{path} ya existe; prueba otro nombre"),
+    "export_ending": ("{path}: ends in neither .md nor .jsonl; try {path}.md", "{path}: no termina en .md ni en .jsonl; prueba {path}.md"),
+    "copied": ("Copied: {number} characters.", "Copiado: {number} caracteres."),
+    "copy_what": ("/copy takes code or nothing; try /copy code", "/copy admite code o nada; prueba /copy code"),
+    "no_code": ("The last answer has no code block; try /copy", "La última respuesta no tiene bloque de código; prueba /copy"),
+    "attached": ("{path} goes in front of the next question.", "{path} irá delante de la próxima pregunta."),
+    "compare_two": ("/compare takes two or more; try /compare {names}", "/compare necesita dos o más; prueba /compare {names}"),
+    "kept": ("The answer of {name} is kept.", "Se conserva la respuesta de {name}."),
+    "status": ("{busy} of {slots} slots busy, {waiting} waiting; {turns} in this conversation ({name})", "{busy} de {slots} ranuras ocupadas, {waiting} en espera; {turns} en esta conversación ({name})"),
+    # Context.
+    "too_long": ("{have} tokens, and {max} are there: this question does not fit with all before it.", "{have} tokens, y caben {max}: esta pregunta no cabe con todo lo anterior."),
+    "far_too_long": ("{characters} characters, and {max} tokens are there: this question does not fit with all before it.", "{characters} caracteres, y caben {max} tokens: esta pregunta no cabe con todo lo anterior."),
+    "choose": (
+        "  d      leave out the oldest {number} exchanges\n  s      and put your own summary in their place\n  Enter  do not ask",
+        "  d      dejar fuera los {number} intercambios más antiguos\n  s      y poner tu resumen en su lugar\n  Enter  no preguntar",
+    ),
+    "too_long_alone": ("Even alone this question does not fit; try a shorter one.", "Ni siquiera sola cabe esta pregunta; prueba una más corta."),
+    "your_summary": ("Your summary of what is left out, on one line:", "Tu resumen de lo que se deja fuera, en una línea:"),
+    "dropped": ("{number} exchanges are no longer sent; the system text stays.", "{number} intercambios ya no se envían; el texto de sistema se queda."),
+    "not_asked": ("Not asked.", "No se ha preguntado."),
+    "num_tokens": ("{number} tokens", "{number} tokens"),
+    "also_here": ("also here", "también aquí"),
+    "answer_full": ("the context is full; /reset begins again", "el contexto está lleno; /reset empieza de nuevo"),
+    # The daemon comes and goes.
+    "looking": ("Looking for a daemon; Ctrl-C stops looking. To start one: make serve", "Buscando un demonio; Ctrl-C deja de buscar. Para arrancar uno: make serve"),
+    "back": ("Connected again. Enter asks again.", "Conectado de nuevo. Enter vuelve a preguntar."),
+    "connected": ("Connected: {what}", "Conectado: {what}"),
+    # The toolbar.
+    "tokens": ("{used}/{context} tokens", "{used}/{context} tokens"),
+    "rate": ("{rate} tokens/s", "{rate} tokens/s"),
+    "queued": ("in the queue behind {number}", "en cola detrás de {number}"),
+    "reading": ("reading {done}/{total}", "leyendo {done}/{total}"),
+    "answering": ("answering; Ctrl-C stops", "respondiendo; Ctrl-C para"),
+    "lost": ("no daemon", "sin demonio"),
+    "lines_wait": ("{number} lines wait", "{number} líneas en espera"),
+    "files_wait": ("{number} files attached", "{number} archivos adjuntos"),
+    "error": ("error: {text}", "error: {text}"),
+}  # fmt: skip
+
+
+def language(environment: Mapping[str, str] = os.environ) -> str:
+    """`en` or `es`: AFINAR_LANG, else the locale of messages."""
+    for name in ("AFINAR_LANG", "LC_ALL", "LC_MESSAGES", "LANG"):
+        if value := environment.get(name):
+            return value[:2].lower() if value[:2].lower() in LANGUAGES else LANGUAGES[0]
+    return LANGUAGES[0]
+
+
+def say(phrase: str, **values: object) -> str:
+    """A phrase in the user's language."""
+    return PHRASES[phrase][LANGUAGES.index(language())].format(**values)

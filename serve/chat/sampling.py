@@ -1,0 +1,48 @@
+"""How answers are sampled, as it is typed: `temperature=0.7`, `stop=END`."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from serve import submission
+from serve.engine import Sampling
+from serve.errors import UserError, nearest
+from serve.protocol import NO_REQUEST, ProtocolError
+
+SAMPLED = tuple(field.name for field in dataclasses.fields(Sampling))
+NAMES = (*SAMPLED, "max_tokens", "stop", "deadline_ms")
+
+
+def change(params: Mapping[str, Any], word: str) -> dict[str, Any]:
+    """The parameters with `name=value` changed; an empty value takes it back, `stop` is added to those there.
+
+    Raises `UserError` for what a daemon would refuse.
+    """
+    name, equals, text = word.partition("=")
+    if name not in NAMES or not equals:
+        raise UserError(f"{word}: not name=value; {nearest(name, NAMES)} Try temperature=0.7")
+    changed = {key: value for key, value in params.items() if key != name or (name == "stop" and text)}
+    if text:
+        changed[name] = [*changed.get("stop", []), text] if name == "stop" else _number(text)
+    try:
+        submission.parse({"messages": [{"role": "user", "content": ""}], **changed}, NO_REQUEST)
+    except ProtocolError as fault:
+        raise UserError(f"{word}: {fault}; try {name}= to leave it out") from None
+    return changed
+
+
+def options_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters as fields of a `Submission`."""
+    sampled = {name: value for name, value in params.items() if name in SAMPLED}
+    rest = {name: value for name, value in params.items() if name not in SAMPLED}
+    return {"sampling": Sampling(**sampled), **rest}
+
+
+def _number(text: str) -> Any:
+    """A number where it is one; anything else goes on as text, and is refused with the rule it breaks."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text

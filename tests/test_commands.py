@@ -1,0 +1,189 @@
+"""Every command at a real prompt: used well, used wrongly, and during an answer, with the exact words."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from serve.chat import commands
+from serve.chat.actions import ACTIONS
+from serve.chat.phrases import LANGUAGES, PHRASES, language
+from tests.serve_fixtures import Box, Screen, box
+
+__all__ = ["box"]
+NOTHING_ASKED = "error: Nothing was asked yet; try a question first."
+
+# What is typed, and the rows that answer it; `~` stands for a number.
+TRANSCRIPT = [
+    # Wrong before anything was asked.
+    ("/undo", [NOTHING_ASKED]),
+    ("/regenerate", [NOTHING_ASKED]),
+    ("/edit", [NOTHING_ASKED]),
+    ("/copy", [NOTHING_ASKED]),
+    ("/compare base one", [NOTHING_ASKED]),
+    ("/stats", ["There was no answer yet; try a question first."]),
+    ("/export talk.jsonl", ["error: no answer that came to its end, so there is nothing to learn; try to ask first"]),
+    ("/resume", ["No conversation is kept yet."]),
+    ("/resume x", ["error: no conversation is kept yet; try: make chat"]),
+    ("/load x", ["error: no conversation is kept yet; try: make chat"]),
+    # Nothing behind them, or something that must be there.
+    ("/hepl", ["/hepl: unknown command; did you mean /help? Try /help"]),
+    ("/", ["/: unknown command; choose from: " + ", ".join(commands.COMMANDS) + " Try /help"]),
+    ("/reset all", ["/reset takes nothing after it; try /reset"]),
+    ("/set", ["/set needs name=value ...; try /set temperature=0.7"]),
+    ("/save", ["/save needs name; try /save my-talk"]),
+    ("/load", ["/load needs name; try /load my-talk"]),
+    ("/export", ["/export needs file; try /export talk.md"]),
+    ("/file", ["/file needs path; try /file notes.txt"]),
+    ("/compare", ["/compare needs name name ...; try /compare base other"]),
+    # Sampling and the system text.
+    ("/params", ["Greedy: the likeliest token each time. Try /set temperature=0.7"]),
+    ("/set temperature=0.7 seed=1", ["temperature=0.7 seed=1"]),
+    ("/set temprature=1", ["error: temprature=1: not name=value; did you mean temperature? Try temperature=0.7"]),
+    ("/set top_p=2", ["error: top_p=2: top_p must be a number above 0, at most 1, not '2'; try top_p= to leave it out"]),
+    ("/params", ["temperature=0.7 seed=1"]),
+    ("/set temperature= seed=", ["Greedy: the likeliest token each time. Try /set temperature=0.7"]),
+    ("/system", ["There is no system text; try /system Answer in one sentence."]),
+    ("/system Be brief.", ["system: Be brief."]),
+    ("/system -", ["There is no system text; try /system Answer in one sentence."]),
+    # Turns.
+    ("hello", ["hello"]),
+    ("/regenerate", ["hello"]),
+    ("/edit hello you", ["hello you"]),
+    ("/undo", ["Taken back: hello you"]),
+    ("again", ["again"]),
+    ("/stats", [
+        "  prompt_tokens        6", "  reused_tokens        0", "  completion_tokens    5", "  queued_ms            ~",
+        "  prefill_ms           ~", "  decode_ms            ~", "  tokens_per_second    ~",
+    ]),
+    # Who answers.
+    ("/adapters", ["* base                             none     KL 0", "  one@a065f7f5815c                 echo     KL 7"]),
+    ("/adapter", ["runs/echo: echo (echo, none), 2048 tokens; also here: one"]),
+    ("/adapter two", ["error: no adapter 'two' is loaded; choose from: base, one"]),
+    ("/adapter one", ["one answers from now on."]),
+    ("who", ["I say:", "who"]),
+    ("/compare base", ["error: /compare takes two or more; try /compare base one"]),
+    ("/compare base two", ["error: no adapter 'two' is loaded; choose from: base, one"]),
+    ("/compare base one", ["── base", "who", "── one", "I say:", "who", "The answer of one is kept."]),
+    # Files.
+    ("/file nothing.txt", ["error: nothing.txt: No such file or directory; try the path of a text file"]),
+    ("/file notes.txt", ["notes.txt goes in front of the next question."]),
+    ("what is it?", ["I say:", "", "── notes.txt", "  some notes", "", "what is it?"]),
+    ("/copy all", ["error: /copy takes code or nothing; try /copy code"]),
+    ("/copy", ["Copied: 47 characters."]),
+    ("/copy code", ["Copied: 10 characters."]),
+    ("/export talk", ["error: talk: ends in neither .md nor .jsonl; try talk.md"]),
+    ("/export talk.md", ["written: talk.md"]),
+    ("/export talk.md", ["error: talk.md is there already; try another name"]),
+    ("/export talk.jsonl", ["written: talk.jsonl; learn from it: make train DATA=talk.jsonl"]),
+    # Conversations.
+    ("/save my/talk", ["error: 'my/talk' cannot be a name; try up to 60 letters, digits and - _ . with a letter first"]),
+    ("/save my-talk", ["This conversation is my-talk now; go on with it: /resume my-talk"]),
+    ("/reset", ["The turns are forgotten."]),
+    ("/status", ["0 of 8 slots busy, 0 waiting; 0 exchanges in this conversation (my-talk)"]),
+    ("fresh", ["I say:", "fresh"]),
+    ("/load your-talk", ["error: no conversation your-talk; did you mean my-talk?"]),
+    ("/load my-talk", ["1 exchanges from my-talk, in a new conversation."]),
+    ("/resume my", ["my-talk: 1 exchanges. The last question: fresh"]),
+]  # fmt: skip
+
+
+def matches(row: str, wanted: str) -> bool:
+    return re.fullmatch(re.escape(wanted).replace(r"\~", r"[\d.]+"), row) is not None
+
+
+def test_every_command_says_exactly_this(box: Box) -> None:
+    box.daemon()
+    (box.work / "one").mkdir()
+    (box.work / "one" / "prefix").write_text("I say:\n")
+    (box.work / "notes.txt").write_text("some notes\n")
+    assert box.run("load", "ADAPTER=one").returncode == 0
+    # Rows that are wrapped are not the same words: the screen is wide.
+    with Screen(box, "chat", size=(300, 50)) as screen:
+        screen.expect("\n>")
+        screen.settle()
+        wrong = []
+        for typed, wanted in TRANSCRIPT:
+            before = len(screen.said)
+            screen.type(f"{typed}\r")
+            screen.settle(0.15)
+            rows = screen.said[before:]
+            if len(rows) != len(wanted) + 1 or not all(map(matches, rows, [f"> {typed}", *wanted])):
+                wrong.append((rows, wanted))
+        assert not wrong
+        screen.type("/resume\r")
+        screen.expect("my-talk")
+        screen.type("/edit\r")
+        screen.expect("> /edit fresh")
+    assert {line.split()[0] for line, _ in TRANSCRIPT if line.startswith("/")} >= set(ACTIONS) - {"/help"}
+    text = (box.work / "talk.md").read_text()
+    assert "## User\n\nagain\n\n## base\n\nagain\n" in text and "(not kept)" in text
+    messages = json.loads((box.work / "talk.jsonl").read_text())["messages"]
+    assert [turn["role"] for turn in messages] == ["user", "assistant"] * 3
+
+
+def test_every_command_during_an_answer_waits_for_its_end(box: Box) -> None:
+    box.daemon(0.02)
+    typed = [name for name in commands.COMMANDS if name not in commands.AT_ONCE]
+    lines = {
+        **{
+            name: f"{name} x" if commands.COMMANDS[name] and not commands.COMMANDS[name].startswith("[") else name
+            for name in typed
+        },
+        "/set": "/set seed=1",
+        "/resume": "/resume nothing",
+        "/regenerate": "/params",
+    }
+    with Screen(box, "chat", size=(200, 80)) as screen:
+        screen.expect("\n>")
+        screen.type("x" * 60 + "y\r")
+        screen.expect("answering")
+        for name in typed:
+            screen.type(f"{lines[name]}\r")
+        screen.expect("lines wait")
+        screen.expect("exchanges in this conversation", 20)
+        rows = screen.rows
+        end = next(i for i, row in enumerate(rows) if row.endswith("xy") and not row.startswith(">"))
+        echoed = [rows.index(f"> {line}") for line in set(lines.values())]
+        # What was typed is seen at once, and done when the answer is over.
+        assert max(echoed) < end < len(rows) - len(typed) // 2
+
+
+def test_the_help_names_every_command_and_key() -> None:
+    text = "\n".join(commands.help_text())
+    assert all(name in text for name in (*commands.COMMANDS, *commands.KEYS))
+    assert set(ACTIONS) | set(commands.AT_ONCE) == set(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("line", ["/home/me is full", " /help", "see /help", "/2 is what?", "//"])
+def test_what_only_looks_like_a_command_is_a_question(line: str) -> None:
+    assert commands.parse(line).prompt == line
+
+
+def test_both_languages_say_everything_with_the_same_values() -> None:
+    for phrase, texts in PHRASES.items():
+        assert len(texts) == len(LANGUAGES) and all(texts), phrase
+        assert len({frozenset(re.findall(r"{(\w+)}", text)) for text in texts}) == 1, phrase
+    source = "".join(path.read_text() for path in Path("serve/chat").glob("*.py") if path.name != "phrases.py")
+    unsaid = [
+        phrase
+        for phrase in PHRASES
+        if not re.search(f"[\"']{re.escape(phrase)}[\"']", source) and phrase not in commands.KEYS
+    ]
+    assert not unsaid
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({"AFINAR_LANG": "es", "LANG": "en_US.UTF-8"}, "es"),
+        ({"LANG": "es_MX.UTF-8"}, "es"),
+        ({"LC_ALL": "C", "LANG": "es_MX.UTF-8"}, "en"),
+        ({"LC_MESSAGES": "es_ES", "LANG": "en_US"}, "es"),
+        ({"LANG": "de_DE.UTF-8"}, "en"),
+        ({}, "en"),
+    ],
+)
+def test_the_language_is_asked_for_or_of_the_locale(environment: dict[str, str], wanted: str) -> None:
+    assert language(environment) == wanted
