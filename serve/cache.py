@@ -79,6 +79,11 @@ class SlotCache(Cache):
         for tensor in (*self.keys, *self.values):
             tensor[row] = 0
 
+    def reserve(self, row: int, layer: int) -> None:
+        """Write to what nobody has written to, so that the system gives the memory now and not in the middle of an answer."""
+        self.keys[layer][row] = 0
+        self.values[layer][row] = 0
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Zero: positions are given explicitly."""
         return 0

@@ -94,6 +94,10 @@ class EchoEngine:
         del self._answers[slot]
         self._read.pop(slot, None)
 
+    def reserve(self) -> bool:
+        """Nothing is needed."""
+        return False
+
     def load_adapter(self, run: str) -> AdapterInfo:
         """See `Engine.load_adapter`."""
         try:

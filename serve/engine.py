@@ -138,6 +138,13 @@ class Engine(Protocol):
         """Give the slot back."""
         ...
 
+    def reserve(self) -> bool:
+        """Called while nobody waits: have the system give a little more of the memory that answers will need.
+
+        Whether there is more to reserve; takes a few milliseconds.
+        """
+        ...
+
     def load_adapter(self, run: str) -> AdapterInfo:
         """Serve the adapter of one more finished run, under its digest; raises `AdapterError`."""
         ...

@@ -4,7 +4,8 @@ Requests join and leave between steps, so none waits for another: continuous bat
 fixed number of rows in place of paged memory. Attention is plain SDPA with a mask made from the positions.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class SlotEngine:
             devices=tuple(dict.fromkeys(map(str, devices))), context=length, num_slots=number,
             chunk=settings.chunk or chunk, stop_ids=held.stop_ids, adapters=(), merge_kl=held.merge_kl, notes=held.notes,
         )  # fmt: skip
+        self._reserving = self._reserve()
         self._tell()
 
     # The face.
@@ -166,6 +168,17 @@ class SlotEngine:
             self._rows.rows[row].tokens = []
             self.cache.wipe(row)
         self._rows.free(slot)
+
+    def reserve(self) -> bool:
+        """One layer of one row; a GPU's memory is there already."""
+        return next(self._reserving, False)
+
+    def _reserve(self) -> Iterator[bool]:
+        if self._device.type == "cpu":
+            for row, layer in itertools.product(range(len(self._rows.rows)), range(len(self.cache.keys))):
+                if not self._rows.rows[row].tokens:
+                    self.cache.reserve(row, layer)
+                    yield True
 
     def load_adapter(self, run: str) -> AdapterInfo:
         """Serve one more run: everything of it must fit this base, and it must change what the base says."""

@@ -253,6 +253,8 @@ def build(load: Load, send: Send) -> Engine:
 def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
     """Serve for ever: sleep while there is nothing to do, never wait while somebody wants a token."""
     while True:
+        while worker.is_idle and not link.poll(0) and worker.engine.reserve():
+            pass
         while worker.is_idle or link.poll(0):
             # What the daemon adds to a conversation at the very limit of the size is not held against it.
             worker.receive(decode(link.recv_multipart(), 2 * MAX_MESSAGE_BYTES))

@@ -351,3 +351,16 @@ def test_a_character_is_never_split(tokenizer):
     assert len(ids) > len(text)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_memory_is_reserved_while_nobody_waits_and_nothing_read_is_lost(run):
+    ours = engine([run], "merged")
+    key = ours.info.adapters[0].key
+    ids = ours.prompt_ids(orders(1)[0])
+    before, _ = answer(ours, {0: (ids, key, GREEDY)})
+    num_pieces = sum(iter(lambda: int(ours.reserve()), 0))
+    # One row is in use: it holds what the next turn of its conversation needs.
+    assert num_pieces == (ours.info.num_slots - 1) * len(ours.cache.keys)
+    after, reused = answer(ours, {0: (ids, key, GREEDY)})
+    assert after == before and reused[0] == len(ids) - 1
+    assert not ours.reserve()
