@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.rivals import Prompts, Result, Rival
 from serve.engine import Engine, Sampling
 from serve.errors import UserError
-from serve.slots import num_read_together
+from serve.slots import chunk_size, num_read_together
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-7b": ("llama", {"max_position_embeddings": 4096}),
@@ -81,8 +81,9 @@ def alone(engine: Engine) -> Rival:
                 reused = engine.start(slot, list(prompts[number]), Sampling(), engine.info.adapters[0].key)
                 reading[slot] = (number, len(prompts[number]) - reused)
             if reading:
-                slots = list(reading)[: num_read_together([left for _, left in reading.values()], engine.info.chunk)]
-                for read in engine.prefill(slots):
+                chunk = chunk_size(engine.info.chunk, len(answering))
+                slots = list(reading)[: num_read_together([left for _, left in reading.values()], chunk)]
+                for read in engine.prefill(slots, chunk):
                     number = reading[read.slot][0]
                     reading[read.slot] = (number, read.total - read.done)
                     if read.token is not None:

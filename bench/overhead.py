@@ -96,6 +96,8 @@ def main(args: list[str]) -> int:
     settings = parse_settings([word for word in words if word.startswith(PREFIX)])
     load = Load((given.get("RUN", "echo"),), given.get("HOLD", "auto"), given.get("DTYPE", "auto"), settings)
     engine = build(load, lambda message: None)
+    while engine.reserve():
+        pass
     with served(*words) as daemon:
         measured = asyncio.run(measure(engine, daemon.record, int(own["ROUNDS"]), int(own["TOKENS"])))
     rows = []

@@ -130,16 +130,21 @@ def with_shape(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
     given = dict(word.split("=", 1) for word in words)
     dtype = given.pop("DTYPE", "bf16")
     settings = parse_settings([word for word in words if word.startswith(PREFIX)])
-    model = random_model(own["SHAPE"], dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = random_model(own["SHAPE"], dtype, device)
+    # On a processor the engine changes how the layers of its model multiply: the rivals get one of their own.
+    unchanged = model if device.type == "cuda" else random_model(own["SHAPE"], dtype, device)
     held = Held(model, None, own["SHAPE"], "merged", "fp32" if dtype == "fp32" else "bf16")
     engine = SlotEngine(held, settings)
+    while engine.reserve():
+        pass
 
     def prompt(number: int) -> list[int]:
         return torch.randint(
-            3, model.config.vocab_size, (64,), generator=torch.Generator().manual_seed(number)
+            3, unchanged.config.vocab_size, (64,), generator=torch.Generator().manual_seed(number)
         ).tolist()
 
-    bench = Bench(model, f"{own['SHAPE']} ({dtype}, random weights)", engine.info.num_slots, prompt, "engine alone")
+    bench = Bench(unchanged, f"{own['SHAPE']} ({dtype}, random weights)", engine.info.num_slots, prompt, "engine alone")
     bench.ways[bench.ours] = alone(engine)
     add_rivals(bench, own, ())
     yield bench

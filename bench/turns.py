@@ -32,6 +32,8 @@ def main(words: list[str]) -> int:
     """Print the two times and their ratio."""
     own, _ = chosen(words, RUN="runs/smollm2-135m-lora")
     engine = open_engine(Load((own["RUN"],)), lambda *_: None)
+    while engine.reserve():
+        pass
     adapter = engine.info.adapters[0].key
     turns: list[dict[str, str]] = []
     for example in cafe.examples("train"):

@@ -70,10 +70,10 @@ class EchoEngine:
         self._read[slot] = (0, len(ids))
         return 0
 
-    def prefill(self, slots: list[int]) -> list[Read]:
+    def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
         """See `Engine.prefill`."""
         time.sleep(self._delay)
-        return [self._advance(slot, CHUNK // len(slots)) for slot in slots]
+        return [self._advance(slot, (chunk or CHUNK) // len(slots)) for slot in slots]
 
     def _advance(self, slot: int, size: int) -> Read:
         done, total = self._read[slot]

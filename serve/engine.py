@@ -43,7 +43,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is loaded. `chunk` is the most prompt tokens that one turn reads; `graphs` says whether CUDA graphs are used.
+    """What is loaded. `chunk` is the most prompt tokens that a turn reads while others are answered; `graphs` says whether CUDA graphs are used.
 
     `notes` are plain sentences that a person should read.
     """
@@ -126,8 +126,8 @@ class Engine(Protocol):
         """Occupy a slot; how many of the ids were read before, by this adapter, and need no reading again."""
         ...
 
-    def prefill(self, slots: list[int]) -> list[Read]:
-        """Read a chunk more of the prompts in these slots, together at most `info.chunk` tokens."""
+    def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
+        """Read a chunk more of the prompts in these slots, together at most `chunk` tokens; 0 stands for `info.chunk`."""
         ...
 
     def step(self) -> dict[int, int]:

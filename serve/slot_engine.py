@@ -26,7 +26,7 @@ from serve.sizes import fit, free_bytes, layer_devices
 from serve.stream import StreamDecoder
 
 # What is sensible where nothing was asked for: (rows, tokens of a chunk) by the kind of device.
-DEFAULTS = {"cuda": (64, 512), "cpu": (16, 128)}
+DEFAULTS = {"cuda": (64, 512), "cpu": (16, 256)}
 CONTEXT = 4096
 # Lengths are rounded up to this, so that the shapes of steps repeat.
 LENGTH_BUCKET = 64
@@ -96,10 +96,10 @@ class SlotEngine:
         self._sampler.start(slot, ids, sampling)
         return reused
 
-    def prefill(self, slots: list[int]) -> list[Read]:
+    def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
         """Read a chunk of these prompts in one pass, padded to the longest."""
         seats = [self._seats[slot] for slot in slots]
-        size = max(1, self.info.chunk // len(slots))
+        size = max(1, (chunk or self.info.chunk) // len(slots))
         pieces = [seat.ids[seat.done : seat.done + size] for seat in seats]
         longest = max(map(len, pieces))
         ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in pieces])

@@ -9,6 +9,9 @@ from serve.engine import AdapterInfo, Detokenizer
 from serve.stops import StopStrings
 from serve.submission import Submission
 
+# So many chunks are read at once while nobody is answered.
+ALONE_CHUNKS = 2
+
 
 @dataclass
 class Request:
@@ -69,6 +72,11 @@ def answer_limit(num_prompt: int, max_tokens: int | None, context: int) -> int:
     """How many tokens an answer may have: what the user allows and what the context has room for."""
     room = context - num_prompt
     return room if max_tokens is None else min(max_tokens, room)
+
+
+def chunk_size(usual: int, num_answering: int) -> int:
+    """How many tokens of prompts a turn may read: more while nobody waits for a next token, since larger chunks are cheaper."""
+    return usual if num_answering else ALONE_CHUNKS * usual
 
 
 def num_read_together(remaining: Sequence[int], chunk: int) -> int:

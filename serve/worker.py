@@ -21,7 +21,7 @@ from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
 from serve.lifeline import follow_parent
 from serve.load import Load
 from serve.protocol import MAX_MESSAGE_BYTES, NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
-from serve.slots import Request, SlotTable, num_read_together
+from serve.slots import Request, SlotTable, chunk_size, num_read_together
 from serve.submission import Submission
 
 Send = Callable[[Message], None]
@@ -148,9 +148,10 @@ class Worker:
 
     def _read(self) -> None:
         slots, left = list(self.table.reading), list(self.table.reading.values())
-        slots = slots[: num_read_together(left, self.engine.info.chunk)]
+        chunk = chunk_size(self.engine.info.chunk, len(self.table.occupied) - len(slots))
+        slots = slots[: num_read_together(left, chunk)]
         try:
-            reads = self.engine.prefill(slots)
+            reads = self.engine.prefill(slots, chunk)
         except Exception as fault:
             # These prompts were too much for the engine; the other slots are untouched.
             self._fail(slots, fault)

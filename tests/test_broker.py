@@ -257,10 +257,10 @@ def test_figures() -> None:
 class Fragile(EchoEngine):
     """Cannot take a prompt of more than 5 tokens."""
 
-    def prefill(self, slots: list[int]) -> list[Read]:
+    def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
         if any(self._read[slot][1] > 5 for slot in slots):
             raise RuntimeError("out of luck\nand a long story")
-        return super().prefill(slots)
+        return super().prefill(slots, chunk)
 
 
 def test_what_one_request_does_to_the_engine_ends_only_that_request() -> None:
