@@ -1,20 +1,33 @@
 """Every command at a real prompt: used well, used wrongly, and during an answer, with the exact words."""
 
+import asyncio
 import json
+import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
-from serve.chat import commands
+from serve.chat import commands, keeping
 from serve.chat.actions import ACTIONS
-from serve.chat.phrases import LANGUAGES, PHRASES, language
+from serve.chat.completion import Words
+from serve.chat.conversation_file import ConversationFile
+from serve.chat.files import read_file
+from serve.chat.phrases import LANGUAGES, PHRASES, language, say
+from serve.chat.sampling import NAMES, shown, words
+from serve.errors import UserError
 from tests.serve_fixtures import Box, Screen, box
 
 __all__ = ["box"]
+BLANK = ". With a blank in front it is a question"
 NOTHING_ASKED = "error: Nothing was asked yet; try a question first."
 
-# What is typed, and the rows that answer it; `~` stands for a number.
+ONE_HELD = "talk.jsonl holds 1 conversation, and a training takes 2; export another to the same file"
+
+# What is typed, and the rows that answer it; `#` stands for a number.
 TRANSCRIPT = [
     # Wrong before anything was asked.
     ("/undo", [NOTHING_ASKED]),
@@ -22,28 +35,31 @@ TRANSCRIPT = [
     ("/edit", [NOTHING_ASKED]),
     ("/copy", [NOTHING_ASKED]),
     ("/compare base one", [NOTHING_ASKED]),
+    ("/compare", [NOTHING_ASKED]),
     ("/stats", ["There was no answer yet; try a question first."]),
     ("/export talk.jsonl", ["error: no answer that came to its end, so there is nothing to learn; try to ask first"]),
     ("/resume", ["No conversation is kept yet."]),
     ("/resume x", ["error: no conversation is kept yet; try: make chat"]),
     ("/load x", ["error: no conversation is kept yet; try: make chat"]),
     # Nothing behind them, or something that must be there.
-    ("/hepl", ["/hepl: unknown command; did you mean /help? Try /help"]),
-    ("/", ["/: unknown command; choose from: " + ", ".join(commands.COMMANDS) + " Try /help"]),
+    ("/hepl", ["/hepl: unknown command; did you mean /help? Try /help" + BLANK]),
+    ("/", ["/: unknown command; choose from: " + ", ".join(commands.COMMANDS) + " Try /help" + BLANK]),
+    ("/tmp is full", ["/tmp: unknown command; did you mean /system? Try /help" + BLANK]),
     ("/reset all", ["/reset takes nothing after it; try /reset"]),
     ("/set", ["/set needs name=value ...; try /set temperature=0.7"]),
     ("/save", ["/save needs name; try /save my-talk"]),
     ("/load", ["/load needs name; try /load my-talk"]),
     ("/export", ["/export needs file; try /export talk.md"]),
     ("/file", ["/file needs path; try /file notes.txt"]),
-    ("/compare", ["/compare needs name name ...; try /compare base other"]),
     # Sampling and the system text.
     ("/params", ["Greedy: the likeliest token each time. Try /set temperature=0.7"]),
     ("/set temperature=0.7 seed=1", ["temperature=0.7 seed=1"]),
     ("/set temprature=1", ["error: temprature=1: not name=value; did you mean temperature? Try temperature=0.7"]),
     ("/set top_p=2", ["error: top_p=2: top_p must be a number above 0, at most 1, not '2'; try top_p= to leave it out"]),
     ("/params", ["temperature=0.7 seed=1"]),
-    ("/set temperature= seed=", ["Greedy: the likeliest token each time. Try /set temperature=0.7"]),
+    ('/set stop="a b" stop=END', ["temperature=0.7 seed=1 stop='a b' stop=END"]),
+    ('/set stop="a b', ['error: a quote is not closed; try stop="a b"']),
+    ("/set stop= temperature= seed=", ["Greedy: the likeliest token each time. Try /set temperature=0.7"]),
     ("/system", ["There is no system text; try /system Answer in one sentence."]),
     ("/system Be brief.", ["system: Be brief."]),
     ("/system -", ["There is no system text; try /system Answer in one sentence."]),
@@ -54,8 +70,8 @@ TRANSCRIPT = [
     ("/undo", ["Taken back: hello you"]),
     ("again", ["again"]),
     ("/stats", [
-        "  prompt_tokens        6", "  reused_tokens        0", "  completion_tokens    5", "  queued_ms            ~",
-        "  prefill_ms           ~", "  decode_ms            ~", "  tokens_per_second    ~",
+        "  prompt_tokens        6", "  reused_tokens        0", "  completion_tokens    5", "  queued_ms            #",
+        "  prefill_ms           #", "  decode_ms            #", "  tokens_per_second    #",
     ]),
     # Who answers.
     ("/adapters", ["* base                             none     KL 0", "  one@a065f7f5815c                 echo     KL 7"]),
@@ -66,17 +82,27 @@ TRANSCRIPT = [
     ("/compare base", ["error: /compare takes two or more; try /compare base one"]),
     ("/compare base two", ["error: no adapter 'two' is loaded; choose from: base, one"]),
     ("/compare base one", ["── base", "who", "── one", "I say:", "who", "The answer of one is kept."]),
+    ("/compare one one@a065f", ["error: /compare takes two or more; try /compare base one"]),
+    ("/adapter one@a065f", ["one@a065f answers from now on."]),
+    ("/compare base one", ["── base", "who", "── one", "I say:", "who", "The answer of one is kept."]),
+    ("/compare", ["── base", "who", "── one", "I say:", "who", "The answer of one is kept."]),
+    ("/adapter one", ["one answers from now on."]),
     # Files.
     ("/file nothing.txt", ["error: nothing.txt: No such file or directory; try the path of a text file"]),
+    ("/file ~notes.txt", ["error: ~notes.txt: No such file or directory; try the path of a text file"]),
+    ("/file pipe", ["error: pipe: not a regular file; try the path of a text file"]),
     ("/file notes.txt", ["notes.txt goes in front of the next question."]),
     ("what is it?", ["I say:", "", "── notes.txt", "  some notes", "", "what is it?"]),
     ("/copy all", ["error: /copy takes code or nothing; try /copy code"]),
-    ("/copy", ["Copied: 47 characters."]),
-    ("/copy code", ["Copied: 10 characters."]),
+    ("/copy", ["Sent to the terminal's clipboard: 47 characters."]),
+    ("/copy code", ["Sent to the terminal's clipboard: 10 characters."]),
     ("/export talk", ["error: talk: ends in neither .md nor .jsonl; try talk.md"]),
     ("/export talk.md", ["written: talk.md"]),
     ("/export talk.md", ["error: talk.md is there already; try another name"]),
-    ("/export talk.jsonl", ["written: talk.jsonl; learn from it: make train DATA=talk.jsonl"]),
+    ("/export ~talk.md", ["written: ~talk.md"]),
+    ("/export notes.jsonl", ["error: notes.jsonl:1: no conversation for a training; try another name"]),
+    ("/export talk.jsonl", [ONE_HELD]),
+    ("/export talk.jsonl", [ONE_HELD]),
     # Conversations.
     ("/save my/talk", ["error: 'my/talk' cannot be a name; try up to 60 letters, digits and - _ . with a letter first"]),
     ("/save my-talk", ["This conversation is my-talk now; go on with it: /resume my-talk"]),
@@ -84,13 +110,15 @@ TRANSCRIPT = [
     ("/status", ["0 of 8 slots busy, 0 waiting; 0 exchanges in this conversation (my-talk)"]),
     ("fresh", ["I say:", "fresh"]),
     ("/load your-talk", ["error: no conversation your-talk; did you mean my-talk?"]),
-    ("/load my-talk", ["1 exchanges from my-talk, in a new conversation."]),
-    ("/resume my", ["my-talk: 1 exchanges. The last question: fresh"]),
+    ("/load my-talk", ["1 exchange from my-talk, in a new conversation."]),
+    ("/export talk.jsonl", ["talk.jsonl holds 2 conversations; learn from them: make train DATA=talk.jsonl RUN=second"]),
+    ("/resume my", ["my-talk: 1 exchange. The last question: fresh"]),
+    ("/resume my-talk", ["my-talk is the conversation that is open here: 1 exchange."]),
 ]  # fmt: skip
 
 
 def matches(row: str, wanted: str) -> bool:
-    return re.fullmatch(re.escape(wanted).replace(r"\~", r"[\d.]+"), row) is not None
+    return re.fullmatch(re.escape(wanted).replace(r"\#", r"[\d.]+"), row) is not None
 
 
 def test_every_command_says_exactly_this(box: Box) -> None:
@@ -98,6 +126,8 @@ def test_every_command_says_exactly_this(box: Box) -> None:
     (box.work / "one").mkdir()
     (box.work / "one" / "prefix").write_text("I say:\n")
     (box.work / "notes.txt").write_text("some notes\n")
+    (box.work / "notes.jsonl").write_text("some notes\n")
+    os.mkfifo(box.work / "pipe")
     assert box.run("load", "ADAPTER=one").returncode == 0
     # Rows that are wrapped are not the same words: the screen is wide.
     with Screen(box, "chat", size=(300, 50)) as screen:
@@ -111,7 +141,7 @@ def test_every_command_says_exactly_this(box: Box) -> None:
             rows = screen.said[before:]
             if len(rows) != len(wanted) + 1 or not all(map(matches, rows, [f"> {typed}", *wanted])):
                 wrong.append((rows, wanted))
-        assert not wrong
+        assert wrong == []
         screen.type("/resume\r")
         screen.expect("my-talk")
         screen.type("/edit\r")
@@ -119,8 +149,9 @@ def test_every_command_says_exactly_this(box: Box) -> None:
     assert {line.split()[0] for line, _ in TRANSCRIPT if line.startswith("/")} >= set(ACTIONS) - {"/help"}
     text = (box.work / "talk.md").read_text()
     assert "## User\n\nagain\n\n## base\n\nagain\n" in text and "(not kept)" in text
-    messages = json.loads((box.work / "talk.jsonl").read_text())["messages"]
-    assert [turn["role"] for turn in messages] == ["user", "assistant"] * 3
+    lines = (box.work / "talk.jsonl").read_text().splitlines()
+    assert [turn["role"] for turn in json.loads(lines[0])["messages"]] == ["user", "assistant"] * 3
+    assert len(lines) == 2 and (box.work / "talk.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 def test_every_command_during_an_answer_waits_for_its_end(box: Box) -> None:
@@ -187,3 +218,54 @@ def test_both_languages_say_everything_with_the_same_values() -> None:
 )
 def test_the_language_is_asked_for_or_of_the_locale(environment: dict[str, str], wanted: str) -> None:
     assert language(environment) == wanted
+
+
+def test_one_is_not_several_in_either_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lang, wanted in (("en", ("1 exchange", "2 exchanges")), ("es", ("1 intercambio", "2 intercambios"))):
+        monkeypatch.setenv("AFINAR_LANG", lang)
+        assert (say("exchanges", number=1), say("exchanges", number=2)) == wanted
+    for phrase, texts in PHRASES.items():
+        assert len({text.count("|") for text in texts}) == 1, phrase
+        # A count of things has a form for one of them.
+        assert "{number}" not in texts[0] or "|" in texts[0] or phrase in ("queued", "far_too_long"), phrase
+
+
+def test_every_sampling_parameter_is_completed() -> None:
+    words = Words(lambda: [], lambda: [])
+    found = [each.text for each in words.get_completions(Document("/set "), CompleteEvent())]
+    assert found == [f"{name}=" for name in NAMES] and "deadline_ms=" in found
+    # No path has a NUL in it, and to look for one is an error.
+    assert not list(words.get_completions(Document("/file a\0"), CompleteEvent()))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('stop="a b" seed=1', ["stop=a b", "seed=1"]),
+        ("stop='\"' stop=#", ['stop="', "stop=#"]),
+        (r"stop=\n", [r"stop=\n"]),
+        ("stop='a\nb'", ["stop=a\nb"]),
+    ],
+)
+def test_words_of_sampling(text: str, wanted: list[str]) -> None:
+    assert words(text) == wanted
+    assert words(shown({"stop": [word.partition("=")[2] for word in wanted]})) == [
+        f"stop={word.partition('=')[2]}" for word in wanted
+    ]
+
+
+def test_conversations_that_cannot_be_read(tmp_path: Path) -> None:
+    # A folder, since root can read anything else.
+    (tmp_path / "bad.jsonl").mkdir()
+    for action in (keeping.load, keeping.resume):
+        talk = SimpleNamespace(file=ConversationFile(tmp_path))
+        with pytest.raises(UserError, match=r"bad.jsonl: Is a directory; try another conversation"):
+            asyncio.run(action(talk, "bad"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "~/a\0"])
+def test_no_path_has_a_nul(name: str) -> None:
+    with pytest.raises(UserError, match="no path has a NUL"):
+        read_file(name)
+    with pytest.raises(UserError, match="no path has a NUL"):
+        asyncio.run(keeping.export_to(SimpleNamespace(), name))  # type: ignore[arg-type]

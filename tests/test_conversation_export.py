@@ -1,16 +1,20 @@
 """What a conversation becomes for people and for a training."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import launcher.errors
 from launcher import data, shapes, sources
 from launcher.config import Data
 from serve.chat.conversation import replay
 from serve.chat.conversation_events import Answer, Drop, Others, System, User
-from serve.chat.export import to_markdown, to_messages_line
+from serve.chat.export import LEAST_TO_TRAIN, to_markdown, to_messages_line
+from serve.chat.export_file import add_line
 from serve.errors import UserError
 from tests.test_conversation import drawn_events, talk
 
@@ -94,3 +98,55 @@ def test_nothing_to_learn() -> None:
         "role": "user",
         "content": "a",
     }
+
+
+@pytest.mark.parametrize("number", [1, LEAST_TO_TRAIN])
+def test_a_training_takes_as_many_conversations_as_is_said(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "talk.jsonl"
+    for each in range(number):
+        line = to_messages_line(talk(User(f"question {each}"), Answer("answer")))
+        assert add_line(path, line) == each + 1
+        # The same once more is not learned twice.
+        assert add_line(path, line) == each + 1
+    assert path.stat().st_mode & 0o777 == 0o600
+    if number < LEAST_TO_TRAIN:
+        with pytest.raises(launcher.errors.UserError, match="leave none to train on"):
+            data.read(Data(source=str(path)))
+    else:
+        assert data.read(Data(source=str(path))).train
+
+
+@pytest.mark.parametrize("held", [b"x\n", b"[]\n", b'{"text": "a"}\n', b'{"messages": 1}\n', b"\xff\n", b"[" * 100_000])
+def test_nothing_is_added_to_another_kind_of_file(tmp_path: Path, held: bytes) -> None:
+    path = tmp_path / "talk.jsonl"
+    path.write_bytes(held)
+    with pytest.raises(UserError, match=r"talk\.jsonl:1: no conversation for a training"):
+        add_line(path, to_messages_line(talk(User("a"), Answer("b"))))
+    assert path.read_bytes() == held and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_conversation_goes_behind_a_line_without_an_end_and_where_a_link_points(tmp_path: Path) -> None:
+    path, link = tmp_path / "talk.jsonl", tmp_path / "link.jsonl"
+    path.write_text('{"messages": []}')
+    link.symlink_to(path)
+    line = to_messages_line(talk(User("a"), Answer("b")))
+    assert add_line(link, line) == 2
+    assert link.is_symlink() and path.read_text() == f'{{"messages": []}}\n{line}'
+    (tmp_path / "folder.jsonl").mkdir()
+    for wrong in ("folder.jsonl", "nowhere/talk.jsonl"):
+        with pytest.raises(UserError, match="try another path"):
+            add_line(tmp_path / wrong, line)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "talk.jsonl"
+    line = to_messages_line(talk(User("a"), Answer("b")))
+    add_line(path, line)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        add_line(path, to_messages_line(talk(User("c"), Answer("d"))))
+    assert path.read_text() == line and list(tmp_path.iterdir()) == [path]

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from serve import runtime
+from serve.chat.conversation_events import Answer, User
+from serve.chat.conversation_file import ConversationFile
 from tests.serve_fixtures import Box, Screen, box, wait_until
 
 __all__ = ["box"]
@@ -40,7 +42,7 @@ def test_a_conversation(box: Box) -> None:
         ]
         assert screen.ask("hola ñ", "hola ñ") == ["> hola ñ", "hola ñ"]
         screen.expect("15/2048 tokens")
-        assert screen.ask("/status", "slots")[-1].startswith("0 of 8 slots busy, 0 waiting; 1 exchanges in this")
+        assert screen.ask("/status", "slots")[-1].startswith("0 of 8 slots busy, 0 waiting; 1 exchange in this")
         screen.type(INTERRUPT)
         screen.expect("Ctrl-D or /quit leaves.\n>")
         screen.type("/quit\r")
@@ -136,7 +138,7 @@ def test_lines_typed_during_an_answer_wait_for_its_end(box: Box) -> None:
         screen.type(LONG + "\r")
         screen.expect("answering")
         screen.type("after it\r")
-        screen.expect("1 lines wait")
+        screen.expect("1 line waits")
         screen.type("/status\r/help\r")
         # What needs no daemon does not wait.
         screen.expect("Ctrl-X Ctrl-E")
@@ -215,7 +217,7 @@ def test_a_conversation_outlives_its_daemon_and_asks_nothing_twice(box: Box) -> 
         assert box.events()[-1]["event"] != "submit"
         screen.type("\r")
         screen.expect(f"\n{LONG[:99]}\n{LONG[99:]}\n>")
-        assert "1 exchanges" in screen.ask("/status", "slots")[-1]
+        assert "1 exchange in" in screen.ask("/status", "slots")[-1]
         screen.type(LEAVE)
         assert screen.wait() == 0
 
@@ -246,8 +248,8 @@ def test_what_does_not_fit_is_the_users_choice(box: Box) -> None:
             screen.settle()
         assert screen.ask("d" * 300, "do not ask")[-4:] == [
             "2101 characters, and 2048 tokens are there: this question does not fit with all before it.",
-            "  d      leave out the oldest 1 exchanges",
-            "  s      and put your own summary in their place",
+            "  d      leave out the oldest exchange",
+            "  s      and put your own summary there",
             "  Enter  do not ask",
         ]
         # Neither answer nor Ctrl-C: the question is not asked.
@@ -261,7 +263,7 @@ def test_what_does_not_fit_is_the_users_choice(box: Box) -> None:
         screen.type("\r")
         screen.settle()
         screen.ask("s", "on one line:")
-        screen.ask("it was about a", "1 exchanges are no longer sent; the system text stays.")
+        screen.ask("it was about a", "1 exchange is no longer sent; the system text stays.")
         screen.settle()
         screen.type(LEAVE)
         assert screen.wait() == 0
@@ -319,6 +321,227 @@ def test_the_prompt_comes_quickly_and_without_torch(box: Box) -> None:
             assert "libtorch" not in Path(f"/proc/{screen.process.pid}/maps").read_text()
     # 0.5 s is the aim, met with room to spare on an idle machine; twice that on a busy one.
     assert seconds < 1.0
+
+
+def kill_during_an_answer(box: Box, *lines: str) -> None:
+    """The last of the lines is being answered when the client is killed."""
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        for line in lines[:-1]:
+            screen.type(f"{line}\r")
+            screen.settle()
+        screen.type(f"{lines[-1]}\r")
+        screen.expect("answering")
+        wait_until(lambda: events(conversations(box)[-1])[-1]["kind"] in ("user", "edit", "regenerate"))
+        screen.process.kill()
+        screen.wait()
+
+
+@pytest.mark.parametrize("command", ["resume", "load"])
+def test_a_question_whose_client_was_killed_stands_at_the_prompt(box: Box, command: str) -> None:
+    box.daemon(0.03)
+    kill_during_an_answer(box, LONG)
+    name = conversations(box)[0].stem
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type(f"/{command} {name}\r")
+        screen.expect("This question was not answered; Enter asks it:")
+        screen.expect("> abcdef")
+        screen.type("\r")
+        screen.expect("answering")
+        screen.expect("xyz\n>")
+        assert screen.ask("next", "next")[-1].startswith("n")
+        screen.expect("\nnext\n>")
+        screen.type(LEAVE)
+        assert screen.wait() == 0
+    kinds = [event["kind"] for event in events(max(conversations(box), key=os.path.getmtime))]
+    assert [kind for kind in kinds if kind != "begin"] == [
+        "conversation", "user", "withdraw", "user", "answer", "user", "answer",
+    ]  # fmt: skip
+
+
+def test_an_edit_whose_client_was_killed_is_offered_as_one(box: Box) -> None:
+    box.daemon(0.03)
+    kill_during_an_answer(box, "short", f"/edit {LONG}")
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type(f"/resume {conversations(box)[0].stem}\r")
+        screen.expect("1 exchange. The last question: short")
+        screen.expect("> /edit abcdef")
+
+
+def test_an_edit_without_a_word_is_offered_again(box: Box) -> None:
+    daemon = box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.ask("one", "one")
+        screen.settle()
+        daemon.kill()
+        daemon.wait()
+        screen.type("/edit two\r")
+        screen.expect("Looking for a daemon")
+        screen.type(INTERRUPT)
+        screen.expect("> /edit two\n\n")
+        box.daemon()
+        screen.type("\r")
+        screen.expect("\ntwo\n>")
+        assert "1 exchange in" in screen.ask("/status", "slots")[-1]
+
+
+def test_a_conversation_with_an_adapter_that_is_gone(box: Box) -> None:
+    (box.work / "one").mkdir()
+    (box.work / "one" / "prefix").write_text("I say:\n")
+    box.daemon()
+    assert box.run("load", "ADAPTER=one").returncode == 0
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.ask("/adapter one@a065", "answers from now on")
+        screen.ask("hello", "hello")
+        screen.ask("/save mine", "mine now")
+        screen.type(LEAVE)
+        assert screen.wait() == 0
+    assert box.run("unload", "ADAPTER=one").returncode == 0
+    for command in ("/load mine", "/resume mine"):
+        with Screen(box, "chat") as screen:
+            screen.expect("\n>")
+            screen.ask(command, "one@a065 is not here; base answers from now on.")
+            screen.settle()
+            assert screen.ask("next", "next")[-1] == "next"
+
+
+def test_to_load_a_conversation_takes_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ConversationFile(tmp_path)
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    assert file.append(*[event for n in range(50) for event in (User(str(n)), Answer(str(n)))]) == ""
+    # The file, and the folder that is its.
+    assert len(synced) == 2 and len(events(file.path)) == 101
+    file.close()
+
+
+def test_who_is_alone_cannot_be_compared(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat", size=(300, 30)) as screen:
+        screen.expect("\n>")
+        assert screen.ask("/compare", "error")[-1].startswith("error: only base is here; try make load ADAPTER=")
+
+
+def test_ctrl_c_leaves_a_search(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.ask("hello", "hello")
+        screen.type("\x12hel")
+        screen.expect("hel")
+        screen.settle()
+        screen.type(INTERRUPT)
+        screen.settle()
+        assert screen.ask("there", "there")[-1] == "there"
+
+
+@pytest.mark.parametrize("leave", ["/quit\r", LEAVE])
+def test_lines_that_wait_when_the_user_leaves_are_not_asked(box: Box, leave: str) -> None:
+    box.daemon(0.02)
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type(LONG + "\r")
+        screen.expect("answering")
+        screen.type("one\rtwo\r")
+        screen.expect("2 lines wait")
+        screen.type(leave)
+        assert screen.wait() == 0
+        assert "2 lines that waited were not asked." in screen.text
+    questions = [event["text"] for event in events(conversations(box)[0]) if event["kind"] == "user"]
+    assert questions == [LONG]
+
+
+def choose(screen: Screen) -> None:
+    screen.expect("\n>")
+    for letter in "abc":
+        screen.type(letter * 300 + "\r")
+        screen.settle()
+    screen.type("d" * 1500 + "\r")
+    screen.expect("do not ask")
+
+
+def test_a_choice_is_no_answer_to_help_and_quit(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        choose(screen)
+        screen.type("/help\r")
+        screen.expect("Ctrl-X Ctrl-E")
+        assert "Not asked." not in screen.text
+        screen.type("/quit\r")
+        assert screen.wait() == 0
+    assert events(conversations(box)[0])[-1]["kind"] == "withdraw"
+
+
+def test_the_count_is_of_all_that_is_sent(box: Box) -> None:
+    box.daemon()
+    (box.work / "notes").write_text("x" * 100)
+    with Screen(box, "chat", "--system", "abc") as screen:
+        # A turn is one token more than its bytes.
+        screen.expect(" 5/2048 tokens")
+        screen.ask("hello", "hello")
+        screen.ask("/reset", "forgotten")
+        screen.expect(" 5/2048 tokens")
+        screen.ask("/file notes", "in front of")
+        screen.expect(" 118/2048 tokens")
+        (box.work / "notes").write_text("x" * 3000)
+        screen.ask("/file notes", "in front of")
+        screen.expect(" >2048/2048 tokens")
+        # It does not fit: the files wait for another question.
+        screen.type("what?\r")
+        screen.expect("Even alone this question does not fit")
+        screen.expect("> what?")
+        screen.expect("2 files attached")
+
+
+@pytest.mark.parametrize("variable", ["TERM=dumb", "NO_COLOR=1"])
+def test_ctrl_c_is_not_for_make_on_a_plain_terminal(box: Box, variable: str) -> None:
+    box.daemon(0.03)
+    (box.work / "Makefile").write_text(f"chat:\n\t@{sys.executable} -m serve chat\n")
+    name, _, value = variable.partition("=")
+    with Screen(box, through=("make", "chat"), **{name: value}) as screen:
+        screen.expect("\n>")
+        screen.type(LONG + "\r")
+        screen.expect("\nabc")
+        screen.type(INTERRUPT)
+        screen.expect("[interrupted]\n>")
+        screen.type(INTERRUPT)
+        screen.expect("Ctrl-D or /quit leaves.\n>")
+        screen.type("/help\r")
+        screen.expect("other days\n>")
+        screen.type(LEAVE)
+        assert screen.wait() == 0
+        assert "Interrupt" not in screen.text and b"\x1b" not in screen.raw
+
+
+def test_a_plain_terminal_offers_a_question_once(box: Box) -> None:
+    daemon = box.daemon(1.0)
+    with Screen(box, "chat", NO_COLOR="1") as screen:
+        screen.expect("\n>")
+        screen.type("again\r")
+        wait_until(lambda: conversations(box) and events(conversations(box)[0])[-1]["kind"] == "user")
+        daemon.kill()
+        daemon.wait()
+        screen.expect("Looking for a daemon")
+        box.daemon()
+        screen.expect("Connected again. Enter asks again.\n>")
+        assert screen.text.count("[Enter] again") == 1
+        screen.type("\r")
+        screen.expect("\nagain\n>")
+
+
+def test_a_plain_terminal_copies_nothing(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat", NO_COLOR="1", DISPLAY="", WAYLAND_DISPLAY="") as screen:
+        screen.expect("\n>")
+        screen.type("hello\r")
+        screen.expect("\nhello\n>")
+        screen.type("/copy\r")
+        screen.expect("error: no program here can copy, and this terminal gets no escapes; try /export talk.md\n>")
+        assert b"\x1b" not in screen.raw
 
 
 @pytest.mark.parametrize("variable", ["TERM=dumb", "NO_COLOR=1"])

@@ -11,19 +11,28 @@ PROGRAMS = {"WAYLAND_DISPLAY": ["wl-copy"], "DISPLAY": ["xclip", "-selection", "
 SECONDS = 2.0
 
 
-def copy(text: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Copy; what the terminal does with it is its own affair."""
-    data = text.encode("utf-8", "replace")
+def by_program(text: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Copy with a program of the desktop; False if there is none that can."""
     for command in _commands(environment):
         try:
             subprocess.run(
-                command, input=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=True
+                command,
+                input=text.encode("utf-8", "replace"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=SECONDS,
+                check=True,
             )
         except (OSError, subprocess.SubprocessError):
             continue
-        return
+        return True
+    return False
+
+
+def by_terminal(text: str) -> None:
+    """Ask the terminal; what it does is its own affair, and nobody is told."""
     # Encoded, so that nothing in the text can be an escape of its own.
-    sys.stdout.write(f"\x1b]52;c;{base64.b64encode(data).decode()}\x07")
+    sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode('utf-8', 'replace')).decode()}\x07")
     sys.stdout.flush()
 
 

@@ -21,7 +21,7 @@ COMMANDS: dict[str, str] = {
     "/edit": "[question]",
     "/adapter": "[name]",
     "/adapters": NOTHING,
-    "/compare": "name name ...",
+    "/compare": "[name name ...]",
     "/stats": NOTHING,
     "/save": "name",
     "/load": "name",
@@ -33,7 +33,6 @@ COMMANDS: dict[str, str] = {
 }
 EXAMPLES = {
     "/set": "/set temperature=0.7",
-    "/compare": "/compare base other",
     "/save": "/save my-talk",
     "/load": "/load my-talk",
     "/export": "/export talk.md",

@@ -7,11 +7,12 @@ from prompt_toolkit.document import Document
 
 from serve.chat.commands import COMMANDS
 from serve.chat.phrases import say
+from serve.chat.sampling import NAMES
 
 FILE_COMMANDS = ("/file", "/export")
 ADAPTER_COMMANDS = ("/adapter", "/compare")
 CONVERSATION_COMMANDS = ("/resume", "/load")
-SAMPLING = ("temperature=", "top_k=", "top_p=", "min_p=", "repetition_penalty=", "max_tokens=", "seed=", "stop=")
+SAMPLING = tuple(f"{name}=" for name in NAMES)
 
 
 class Words(Completer):
@@ -30,7 +31,7 @@ class Words(Completer):
             yield from (
                 Completion(name, -len(command), display_meta=say(name)) for name in COMMANDS if name.startswith(command)
             )
-        elif command in FILE_COMMANDS:
+        elif command in FILE_COMMANDS and "\0" not in rest:
             yield from self._paths.get_completions(Document(rest), complete_event)
         else:
             word = rest.rpartition(" ")[2]

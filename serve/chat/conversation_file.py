@@ -70,13 +70,19 @@ class ConversationFile:
         """Where it is, or will be."""
         return self._folder / f"{self.name}{SUFFIX}"
 
-    def append(self, event: Event) -> str:
-        """Let `event` happen and write it; returns a line to show when writing begins to fail, otherwise ""."""
-        self.conversation.apply(event)
-        self._missing += to_line(event)
-        # That somebody came and looked is no news: it is written with what they say.
-        self._has_news |= not isinstance(event, Begin)
-        self._is_worth_keeping |= isinstance(event, User)
+    @property
+    def is_begun(self) -> bool:
+        """Whether the file is there: it is not before somebody asks something."""
+        return self._file is not None
+
+    def append(self, *events: Event) -> str:
+        """Let `events` happen and write them at once; returns a line to show when writing begins to fail, otherwise ""."""
+        for event in events:
+            self.conversation.apply(event)
+            # That somebody came and looked is no news: it is written with what they say.
+            self._has_news |= not isinstance(event, Begin)
+            self._is_worth_keeping |= isinstance(event, User)
+        self._missing += b"".join(map(to_line, events))
         fault, was_told = self._write(), self._is_told
         self._is_told = bool(fault)
         return "" if was_told else fault

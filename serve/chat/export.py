@@ -6,6 +6,8 @@ import re
 from serve.chat.conversation import Conversation
 from serve.errors import UserError
 
+# One is held out to measure with, so that of one conversation nothing is learned.
+LEAST_TO_TRAIN = 2
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 
 

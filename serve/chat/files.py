@@ -1,6 +1,8 @@
 """The text of a file, as it stands in front of a question."""
 
+import os
 import re
+import stat
 from pathlib import Path
 
 from serve.chat.printable import printable
@@ -9,11 +11,23 @@ from serve.errors import UserError
 MAX_BYTES = 2**20
 
 
-def read_file(name: str) -> str:
-    """The file in a code fence with its name; raises `UserError` for what is no text, or too long to be one."""
-    path = Path(name).expanduser()
+def path_of(name: str) -> Path:
+    """The path that was typed; `~somebody` who is not there is a name like any other, as in a shell. Raises `UserError`."""
+    if "\0" in name:
+        raise UserError(f"{name}: no path has a NUL in it; try another one")
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser refuses somebody who is not there)
+
+
+def read_file(name: str, *, is_regular: bool = False) -> str:
+    """The file in a code fence with its name; raises `UserError` for what is no text, or too long to be one.
+
+    `is_regular`: refuse anything else, such as a pipe that nobody may ever write to.
+    """
+    path = path_of(name)
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | (os.O_NONBLOCK if is_regular else 0)), "rb") as file:
+            if is_regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{name}: not a regular file; try the path of a text file")
             # Not by its size: a pipe and /dev/zero have none.
             data = file.read(MAX_BYTES + 1)
     except OSError as fault:

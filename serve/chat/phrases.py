@@ -18,12 +18,12 @@ PHRASES: dict[str, tuple[str, str]] = {
     "/edit": ("change the last question and ask again", "cambiar la última pregunta y repetirla"),
     "/adapter": ("who answers from now on", "quién responde a partir de ahora"),
     "/adapters": ("who can answer", "quién puede responder"),
-    "/compare": ("the last question, answered by several: /compare one base", "la última pregunta, respondida por varios: /compare uno base"),
+    "/compare": ("the last question, answered by several; alone: by base and who answers", "la última pregunta, respondida por varios; solo: por base y quien responde"),
     "/stats": ("figures of the last answer", "cifras de la última respuesta"),
     "/save": ("give this conversation a name", "dar nombre a esta conversación"),
     "/load": ("begin a new conversation with what another one holds", "empezar una conversación nueva con el contenido de otra"),
     "/resume": ("go on with a conversation; without a name: list them", "continuar una conversación; sin nombre: listarlas"),
-    "/export": ("write it as x.md, or as x.jsonl for make train DATA=", "escribirla como x.md, o x.jsonl para make train DATA="),
+    "/export": ("write it as x.md, or add it to x.jsonl for make train DATA=", "escribirla como x.md, o añadirla a x.jsonl para make train DATA="),
     "/copy": ("the last answer to the clipboard; /copy code: its last block", "la última respuesta al portapapeles; /copy code: su último bloque"),
     "/file": ("put a file in front of the next question", "anteponer un archivo a la próxima pregunta"),
     "/status": ("what the daemon is doing", "qué está haciendo el demonio"),
@@ -36,7 +36,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "help_hint": ("/help shows the commands, Ctrl-D leaves.", "/help muestra los comandos, Ctrl-D sale."),
     "leave_hint": ("Ctrl-D or /quit leaves.", "Ctrl-D o /quit para salir."),
     "interrupted": ("[interrupted]", "[interrumpida]"),
-    "unknown": ("{word}: unknown command; {hint} Try /help", "{word}: comando desconocido; {hint} Prueba /help"),
+    "unknown": ("{word}: unknown command; {hint} Try /help. With a blank in front it is a question", "{word}: comando desconocido; {hint} Prueba /help. Con un espacio delante es una pregunta"),
     "takes_nothing": ("{name} takes nothing after it; try {name}", "{name} no lleva nada detrás; prueba {name}"),
     "needs": ("{name} needs {what}; try {example}", "{name} necesita {what}; prueba {example}"),
     "forgotten": ("The turns are forgotten.", "Los turnos se han olvidado."),
@@ -52,30 +52,52 @@ PHRASES: dict[str, tuple[str, str]] = {
     "loaded": ("{exchanges} from {name}, in a new conversation.", "{exchanges} de {name}, en una conversación nueva."),
     "resumed": ("{name}: {exchanges}. The last question: {question}", "{name}: {exchanges}. La última pregunta: {question}"),
     "no_conversations": ("No conversation is kept yet.", "Aún no hay conversaciones guardadas."),
-    "exchanges": ("{number} exchanges", "{number} intercambios"),
+    "unanswered": ("This question was not answered; Enter asks it: {question}", "Esta pregunta quedó sin respuesta; Enter la hace: {question}"),
+    "resumed_here": ("{name} is the conversation that is open here: {exchanges}.", "{name} es la conversación abierta aquí: {exchanges}."),
+    "adapter_gone": ("{gone} is not here; {name} answers from now on.", "{gone} no está aquí; {name} responde a partir de ahora."),
+    "exchanges": ("{number} exchange|{number} exchanges", "{number} intercambio|{number} intercambios"),
     "exported": ("written: {path}", "escrito: {path}"),
-    "trains": ("written: {path}; learn from it: make train DATA={path}", "escrito: {path}; para aprender de ello: make train DATA={path}"),
+    "conversations": ("{number} conversation|{number} conversations", "{number} conversación|{number} conversaciones"),
+    "trains": ("{path} holds {conversations}; learn from them: make train DATA={quoted} RUN=second", "{path} contiene {conversations}; para aprender de ellas: make train DATA={quoted} RUN=second"),
+    "trains_not": ("{path} holds {conversations}, and a training takes {least}; export another to the same file", "{path} contiene {conversations}, y un entrenamiento necesita {least}; exporta otra al mismo archivo"),
+    "not_conversations": ("{path}:{line}: no conversation for a training; try another name", "{path}:{line}: no es una conversación para entrenar; prueba otro nombre"),
+    "not_regular": ("{path}: not a regular file; try another path", "{path}: no es un archivo normal; prueba otra ruta"),
     "file_exists": ("{path} is there already; try another name", "{path} ya existe; prueba otro nombre"),
     "export_ending": ("{path}: ends in neither .md nor .jsonl; try {path}.md", "{path}: no termina en .md ni en .jsonl; prueba {path}.md"),
-    "copied": ("Copied: {number} characters.", "Copiado: {number} caracteres."),
+    "copied": ("Copied: {number} character.|Copied: {number} characters.", "Copiado: {number} carácter.|Copiado: {number} caracteres."),
+    "sent": ("Sent to the terminal's clipboard: {number} character.|Sent to the terminal's clipboard: {number} characters.", "Enviado al portapapeles del terminal: {number} carácter.|Enviado al portapapeles del terminal: {number} caracteres."),
+    "no_clipboard": ("no program here can copy, and this terminal gets no escapes; try /export talk.md", "ningún programa puede copiar aquí, y este terminal no recibe escapes; prueba /export talk.md"),
     "copy_what": ("/copy takes code or nothing; try /copy code", "/copy admite code o nada; prueba /copy code"),
     "no_code": ("The last answer has no code block; try /copy", "La última respuesta no tiene bloque de código; prueba /copy"),
     "attached": ("{path} goes in front of the next question.", "{path} irá delante de la próxima pregunta."),
     "compare_two": ("/compare takes two or more; try /compare {names}", "/compare necesita dos o más; prueba /compare {names}"),
+    "compare_merged": (
+        "{name} is merged into its base, so the base is not beside it. Try /quit, make stop RUN={run}, make chat RUN={run} HOLD=adapters, and there /resume",
+        "{name} está fundido con su base, así que la base no está al lado. Prueba /quit, make stop RUN={run}, make chat RUN={run} HOLD=adapters, y allí /resume",
+    ),
+    "compare_merged_there": (
+        "{name} is merged into its base, so the base is not beside it. Try on {host}: make stop, and make serve with HOLD=adapters",
+        "{name} está fundido con su base, así que la base no está al lado. Prueba en {host}: make stop, y make serve con HOLD=adapters",
+    ),
+    "compare_alone": ("only {name} is here; try make load ADAPTER= with the folder of a run", "solo está {name}; prueba make load ADAPTER= con la carpeta de un entrenamiento"),
     "kept": ("The answer of {name} is kept.", "Se conserva la respuesta de {name}."),
     "status": ("{busy} of {slots} slots busy, {waiting} waiting; {turns} in this conversation ({name})", "{busy} de {slots} ranuras ocupadas, {waiting} en espera; {turns} en esta conversación ({name})"),
     # Context.
     "too_long": ("{have} tokens, and {max} are there: this question does not fit with all before it.", "{have} tokens, y caben {max}: esta pregunta no cabe con todo lo anterior."),
-    "far_too_long": ("{characters} characters, and {max} tokens are there: this question does not fit with all before it.", "{characters} caracteres, y caben {max} tokens: esta pregunta no cabe con todo lo anterior."),
+    "far_too_long": ("{number} characters, and {max} tokens are there: this question does not fit with all before it.", "{number} caracteres, y caben {max} tokens: esta pregunta no cabe con todo lo anterior."),
+    "oldest": ("the oldest exchange|the oldest {number} exchanges", "el intercambio más antiguo|los {number} intercambios más antiguos"),
     "choose": (
-        "  d      leave out the oldest {number} exchanges\n  s      and put your own summary in their place\n  Enter  do not ask",
-        "  d      dejar fuera los {number} intercambios más antiguos\n  s      y poner tu resumen en su lugar\n  Enter  no preguntar",
+        "  d      leave out {exchanges}\n  s      and put your own summary there\n  Enter  do not ask",
+        "  d      dejar fuera {exchanges}\n  s      y poner tu resumen en su lugar\n  Enter  no preguntar",
     ),
     "too_long_alone": ("Even alone this question does not fit; try a shorter one.", "Ni siquiera sola cabe esta pregunta; prueba una más corta."),
     "your_summary": ("Your summary of what is left out, on one line:", "Tu resumen de lo que se deja fuera, en una línea:"),
-    "dropped": ("{number} exchanges are no longer sent; the system text stays.", "{number} intercambios ya no se envían; el texto de sistema se queda."),
+    "dropped": (
+        "{number} exchange is no longer sent; the system text stays.|{number} exchanges are no longer sent; the system text stays.",
+        "{number} intercambio ya no se envía; el texto de sistema se queda.|{number} intercambios ya no se envían; el texto de sistema se queda.",
+    ),
     "not_asked": ("Not asked.", "No se ha preguntado."),
-    "num_tokens": ("{number} tokens", "{number} tokens"),
+    "num_tokens": ("{number} token|{number} tokens", "{number} token|{number} tokens"),
     "also_here": ("also here", "también aquí"),
     "answer_full": ("the context is full; /reset begins again", "el contexto está lleno; /reset empieza de nuevo"),
     # The daemon comes and goes.
@@ -89,8 +111,9 @@ PHRASES: dict[str, tuple[str, str]] = {
     "reading": ("reading {done}/{total}", "leyendo {done}/{total}"),
     "answering": ("answering; Ctrl-C stops", "respondiendo; Ctrl-C para"),
     "lost": ("no daemon", "sin demonio"),
-    "lines_wait": ("{number} lines wait", "{number} líneas en espera"),
-    "files_wait": ("{number} files attached", "{number} archivos adjuntos"),
+    "lines_wait": ("{number} line waits|{number} lines wait", "{number} línea en espera|{number} líneas en espera"),
+    "files_wait": ("{number} file attached|{number} files attached", "{number} archivo adjunto|{number} archivos adjuntos"),
+    "undone_lines": ("{number} line that waited was not asked.|{number} lines that waited were not asked.", "{number} línea en espera no se preguntó.|{number} líneas en espera no se preguntaron."),
     "error": ("error: {text}", "error: {text}"),
 }  # fmt: skip
 
@@ -104,5 +127,6 @@ def language(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def say(phrase: str, **values: object) -> str:
-    """A phrase in the user's language."""
-    return PHRASES[phrase][LANGUAGES.index(language())].format(**values)
+    """A phrase in the user's language; where it has two forms, the one for `number`."""
+    one, *more = PHRASES[phrase][LANGUAGES.index(language())].split("|")
+    return (one if not more or values["number"] == 1 else more[0]).format(**values)

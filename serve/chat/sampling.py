@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,22 @@ from serve.protocol import NO_REQUEST, ProtocolError
 
 SAMPLED = tuple(field.name for field in dataclasses.fields(Sampling))
 NAMES = (*SAMPLED, "max_tokens", "stop", "deadline_ms")
+
+
+def words(text: str) -> list[str]:
+    """The words of a line; quotes hold one with blanks together: `stop="a b"`. A backslash is one. Raises `UserError`."""
+    parts = shlex.shlex(text, posix=True)
+    parts.whitespace_split, parts.escape, parts.commenters = True, "", ""
+    try:
+        return list(parts)
+    except ValueError:
+        raise UserError('a quote is not closed; try stop="a b"') from None
+
+
+def shown(params: Mapping[str, Any]) -> str:
+    """The parameters as they are typed."""
+    pairs = [(name, one) for name, value in params.items() for one in (value if name == "stop" else [value])]
+    return " ".join(f"{name}={shlex.quote(str(value))}" for name, value in pairs)
 
 
 def change(params: Mapping[str, Any], word: str) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from serve.chat.conversation_events import Params, System
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.conversation_read import listing
 from serve.chat.history import history_file
+from serve.chat.live_screen import LiveScreen
 from serve.chat.phrases import say
+from serve.chat.plain_screen import PlainScreen
 from serve.chat.printable import printable
-from serve.chat.screen import LiveScreen, PlainScreen, Screen, prose
+from serve.chat.screen import Screen, prose
 from serve.chat.talk import Talk, describe
 from serve.client import Client, ShowProgress
 from serve.errors import EXIT_DONE
@@ -66,10 +68,14 @@ class Terminal:
         try:
             await asyncio.wait([lines, running], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            # What waits was typed for after an answer that now ends early.
+            num_left = self._screen.forget()
             if self._talk.interrupt():
                 await asyncio.wait([lines], timeout=LEAVE_SECONDS)
             self._screen.leave()
             await running
+            if num_left:
+                self._talk.tell("undone_lines", number=num_left)
             if not lines.done():
                 lines.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -81,6 +87,7 @@ class Terminal:
 
     async def _obey(self) -> None:
         """Take the lines one after another."""
+        await self._talk.do(self._talk.recount())
         while True:
             line = commands.parse(await self._screen.line())
             if line.prompt.strip():
@@ -111,7 +118,7 @@ class Terminal:
         talk = self._talk
         parts = [
             f"{talk.client.info['model']}@{talk.adapter}",
-            say("tokens", used=talk.used, context=talk.context),
+            say("tokens", used=talk.used if talk.used <= talk.context else f">{talk.context}", context=talk.context),
             say("rate", rate=f"{talk.rate:.1f}") if talk.rate else "",
             talk.state or (say("lost") if talk.client.is_lost else ""),
             say("lines_wait", number=self._screen.num_waiting) if self._screen.num_waiting else "",
