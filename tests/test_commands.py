@@ -11,7 +11,7 @@ import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
-from serve.chat import commands, keeping
+from serve.chat import commands, keeping, screen
 from serve.chat.actions import ACTIONS
 from serve.chat.completion import Words
 from serve.chat.conversation_file import ConversationFile
@@ -37,6 +37,7 @@ TRANSCRIPT = [
     ("/compare base one", [NOTHING_ASKED]),
     ("/compare", [NOTHING_ASKED]),
     ("/stats", ["There was no answer yet; try a question first."]),
+    ("/export talk.md", [NOTHING_ASKED]),
     ("/export talk.jsonl", ["error: no answer that came to its end, so there is nothing to learn; try to ask first"]),
     ("/resume", ["No conversation is kept yet."]),
     ("/resume x", ["error: no conversation is kept yet; try: make chat"]),
@@ -182,7 +183,7 @@ def test_every_command_during_an_answer_waits_for_its_end(box: Box) -> None:
 
 
 def test_the_help_names_every_command_and_key() -> None:
-    text = "\n".join(commands.help_text())
+    text = "\n".join(commands.help_text(commands.KEYS))
     assert all(name in text for name in (*commands.COMMANDS, *commands.KEYS))
     assert set(ACTIONS) | set(commands.AT_ONCE) == set(commands.COMMANDS)
 
@@ -269,3 +270,9 @@ def test_no_path_has_a_nul(name: str) -> None:
         read_file(name)
     with pytest.raises(UserError, match="no path has a NUL"):
         asyncio.run(keeping.export_to(SimpleNamespace(), name))  # type: ignore[arg-type]
+
+
+def test_a_list_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert screen.clipped("one 漢字漢字漢字漢字漢字") == "one 漢字漢字漢字漢"
+    assert screen.clipped("\x1b[2J") == "\\x1b[2J"

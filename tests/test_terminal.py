@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from serve import runtime
 from serve.chat.conversation_events import Answer, User
 from serve.chat.conversation_file import ConversationFile
+from serve.errors import EXIT_CANCELLED
 from tests.serve_fixtures import Box, Screen, box, wait_until
 
 __all__ = ["box"]
@@ -455,6 +457,59 @@ def test_lines_that_wait_when_the_user_leaves_are_not_asked(box: Box, leave: str
     assert questions == [LONG]
 
 
+def test_a_signal_that_ends_the_client_keeps_the_answer_and_the_terminal(box: Box) -> None:
+    box.daemon(0.03)
+    with Screen(box, "chat") as screen:
+        before = termios.tcgetattr(screen.master)
+        screen.expect("\n>")
+        screen.type(LONG + "\r")
+        screen.expect("\nabcd")
+        screen.process.terminate()
+        assert screen.wait() == EXIT_CANCELLED
+        assert termios.tcgetattr(screen.master) == before
+    answer = events(conversations(box)[0])[-1]
+    assert answer["is_interrupted"] and answer["text"].startswith("abcd")
+
+
+def test_a_key_that_is_held_down_is_answered_once(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type(INTERRUPT * 5)
+        screen.settle()
+        assert screen.text.count("Ctrl-D or /quit leaves.") == 1
+        screen.ask("hello", "hello")
+        screen.type(INTERRUPT)
+        screen.settle()
+        assert screen.text.count("Ctrl-D or /quit leaves.") == 2
+
+
+def test_a_history_that_cannot_be_kept_is_no_matter(box: Box) -> None:
+    (box.folder / ".local/state/afinar/history").mkdir(parents=True)
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        assert screen.ask("hello", "hello") == ["> hello", "hello"]
+        screen.type(UP)
+        screen.expect("> hello\n echo")
+
+
+def test_a_long_question_leaves_half_of_the_screen(box: Box) -> None:
+    box.daemon()
+    with Screen(box, "chat") as screen:
+        screen.expect("\n>")
+        screen.type("\x1b[200~" + "\r".join(f"line {n}" for n in range(500)) + "\x1b[201~")
+        screen.expect("line 499")
+        screen.settle()
+        assert screen.emulator.display[0].startswith("runs/echo")
+        screen.type("\r")
+        # What is wrong can be read above the question, which stands at the prompt again.
+        screen.expect("Even alone this question does not fit")
+        screen.settle()
+        assert any("Even alone" in row for row in screen.emulator.display)
+        assert "line 499" in screen.emulator.display[-2]
+
+
 def choose(screen: Screen) -> None:
     screen.expect("\n>")
     for letter in "abc":
@@ -511,7 +566,8 @@ def test_ctrl_c_is_not_for_make_on_a_plain_terminal(box: Box, variable: str) -> 
         screen.type(INTERRUPT)
         screen.expect("Ctrl-D or /quit leaves.\n>")
         screen.type("/help\r")
-        screen.expect("other days\n>")
+        screen.expect("keep what came of it\n>")
+        assert "Alt-Enter" not in screen.text
         screen.type(LEAVE)
         assert screen.wait() == 0
         assert "Interrupt" not in screen.text and b"\x1b" not in screen.raw

@@ -1,12 +1,15 @@
 """What a line at the prompt means. Pure."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from serve.chat.phrases import say
 from serve.errors import nearest
 
 KEYS = ("Ctrl-C", "Alt-Enter", "Ctrl-X Ctrl-E", "Up, Ctrl-R")
+# On a terminal that edits the line itself.
+PLAIN_KEYS = KEYS[:1]
 # What may stand behind a command: nothing, something, or something that must be there, with an example.
 NOTHING = ""
 COMMANDS: dict[str, str] = {
@@ -67,8 +70,9 @@ def parse(text: str) -> Line:
     return Line(command=word, rest=rest)
 
 
-def help_text() -> list[str]:
-    """The commands and the keys, one a line."""
+def help_text(keys: Iterable[str]) -> list[str]:
+    """The commands and these keys, one a line."""
     usages = {f"{name} {takes}".rstrip(): say(name) for name, takes in COMMANDS.items()}
-    usages |= {key: say(key) for key in KEYS}
-    return [f"  {usage:<24}{meaning}" for usage, meaning in usages.items()]
+    usages |= {key: say(key) for key in keys}
+    column = max(map(len, usages)) + 2
+    return [f"  {usage:<{column}}{meaning}" for usage, meaning in usages.items()]

@@ -12,7 +12,7 @@ from serve.chat.conversation_file import ConversationFile
 from serve.chat.conversation_read import find, listing, read
 from serve.chat.files import path_of
 from serve.chat.phrases import say
-from serve.chat.printable import printable
+from serve.chat.screen import clipped
 from serve.chat.talk import Talk
 from serve.errors import UserError
 
@@ -101,13 +101,15 @@ def _list(talk: Talk, folder: Path) -> None:
     for entry in entries:
         mark = "*" if talk.file.is_begun and entry.name == talk.file.name else " "
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.changed))
-        talk.screen.print([printable(f"{mark} {entry.name:<24} {when}  {entry.num_exchanges:>3}  {entry.first_words}")])
+        talk.screen.print([clipped(f"{mark} {entry.name:<24} {when}  {entry.num_exchanges:>3}  {entry.first_words}")])
 
 
 async def export_to(talk: Talk, text: str) -> None:
     """/export"""
     path = path_of(text)
     if path.suffix == ".md":
+        if not talk.conversation.exchanges:
+            raise UserError(say("nothing_asked"))
         export_file.write_new(path, export.to_markdown(talk.conversation))
         talk.tell("exported", path=path)
     elif path.suffix == ".jsonl":

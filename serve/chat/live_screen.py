@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,9 +12,9 @@ from prompt_toolkit.completion import Completer
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, is_done, is_searching
 from prompt_toolkit.formatted_text import ANSI, StyleAndTextTuples, to_formatted_text
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import History
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.layout import ConditionalContainer, FormattedTextControl, HSplit, Window
+from prompt_toolkit.layout import ConditionalContainer, Dimension, FormattedTextControl, HSplit, Window, to_dimension
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
@@ -33,7 +34,7 @@ class LiveScreen(Lines):
 
     def __init__(
         self,
-        history: str,
+        history: History,
         completer: Completer,
         toolbar: Callable[[], str],
         on_line: Callable[[str], bool],
@@ -50,7 +51,7 @@ class LiveScreen(Lines):
         self._output.enable_cpr = False
         self._session: PromptSession[str] = PromptSession(
             self._message,
-            history=FileHistory(history),
+            history=history,
             auto_suggest=AutoSuggestFromHistory(),
             completer=completer,
             complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
@@ -64,9 +65,25 @@ class LiveScreen(Lines):
         self._session.default_buffer.accept_handler = self._accept
         app = self._session.app
         app.min_redraw_interval = REDRAW_SECONDS
+        self._limit_prompt()
         # The session's own toolbar waits until the terminal has said where the cursor is.
         bar = Window(FormattedTextControl(lambda: toolbar()[: width()]), height=1, style="class:bottom-toolbar")
         app.layout.container = HSplit([app.layout.container, ConditionalContainer(bar, ~is_done)])
+
+    def _limit_prompt(self) -> None:
+        """Keep a long question from pushing what is said above it off the screen: half of the rows are its own."""
+        buffer = self._session.default_buffer
+        window = next(
+            w for w in self._session.app.layout.find_all_windows() if getattr(w.content, "buffer", 0) is buffer
+        )
+        wanted = window.height
+
+        def height() -> Dimension:
+            most = max(shutil.get_terminal_size().lines // 2, MENU_ROWS)
+            least = to_dimension(wanted).min
+            return Dimension(min=min(least, most), max=most)
+
+        window.height = height
 
     async def run(self) -> None:
         """Until the user leaves."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from serve.chat.printable import printable
-from serve.chat.width import Span, cells, paint, wrapped
+from serve.chat.width import Span, cells, cut, paint, wrapped
 
 PROMPT = "> "
 
@@ -110,6 +110,11 @@ def prose(text: str) -> list[str]:
         for line in printable(text).split("\n")
         for row in wrapped(cells([Span(line)]), width())
     ]
+
+
+def clipped(text: str) -> str:
+    """One row of a list: what fits of it."""
+    return paint(cut(cells([Span(printable(text))]), width())[0], has_colour=False)
 
 
 def width() -> int:

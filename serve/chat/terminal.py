@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 
@@ -11,7 +12,7 @@ from serve.chat.completion import Words
 from serve.chat.conversation_events import Params, System
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.conversation_read import listing
-from serve.chat.history import history_file
+from serve.chat.history import History
 from serve.chat.live_screen import LiveScreen
 from serve.chat.phrases import say
 from serve.chat.plain_screen import PlainScreen
@@ -19,7 +20,7 @@ from serve.chat.printable import printable
 from serve.chat.screen import Screen, prose
 from serve.chat.talk import Talk, describe
 from serve.client import Client, ShowProgress
-from serve.errors import EXIT_DONE
+from serve.errors import EXIT_CANCELLED, EXIT_DONE
 from serve.progress import is_live
 from serve.runtime import state_directory
 
@@ -41,10 +42,12 @@ class Terminal:
         self._conversations = folder / "conversations"
         self._talk = Talk(client, reconnect, ConversationFile(self._conversations))
         self._talk.attached = attached
+        self._is_hinted = False
+        self._code = EXIT_DONE
         self._screen: Screen
         if is_live(sys.stdout):
             completer = Words(lambda: self._talk.adapters, self._names)
-            history = str(history_file(folder))
+            history = History(folder)
             self._screen = LiveScreen(history, completer, self._toolbar, self._at_once, self._interrupt)
         else:
             self._screen = PlainScreen(self._at_once, self._interrupt)
@@ -62,6 +65,8 @@ class Terminal:
 
     async def run(self) -> int:
         """Talk until Ctrl-D or /quit; returns the exit code."""
+        # As with Ctrl-D, and the terminal is left as it was found.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
         self._screen.print(prose(f"{describe(self._talk.client, self._talk.adapter)}. {say('help_hint')}"))
         lines = asyncio.create_task(self._obey())
         running = asyncio.create_task(self._screen.run())
@@ -83,13 +88,18 @@ class Terminal:
             if fault := self._talk.file.close():
                 print(f"error: {fault}", file=sys.stderr)
             self._talk.client.__exit__()
-        return EXIT_DONE
+        return self._code
+
+    def _end(self) -> None:
+        self._code = EXIT_CANCELLED
+        self._screen.leave()
 
     async def _obey(self) -> None:
         """Take the lines one after another."""
-        await self._talk.do(self._talk.recount())
+        await self._talk.recount()
         while True:
             line = commands.parse(await self._screen.line())
+            self._is_hinted = False
             if line.prompt.strip():
                 await self._talk.do(actions.ask(self._talk, line.prompt))
             elif line.problem:
@@ -103,11 +113,14 @@ class Terminal:
         if line.command == "/quit":
             self._screen.leave()
         elif line.command == "/help":
-            self._screen.print(commands.help_text())
+            keys = commands.KEYS if self._screen.has_colour else commands.PLAIN_KEYS
+            self._screen.print(commands.help_text(keys))
         return line.command in commands.AT_ONCE
 
     def _interrupt(self) -> None:
-        if not self._talk.interrupt():
+        # Once is enough for who holds the key down.
+        if not self._talk.interrupt() and not self._is_hinted:
+            self._is_hinted = True
             self._talk.tell("leave_hint")
 
     def _names(self) -> list[str]:
