@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 
 from serve.chat import actions, asking
-from serve.chat.answers import Outcome
+from serve.chat.answers import Outcome, Shown
 from serve.chat.conversation_events import Answer, Others, Regenerate, User
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.talk import Talk
-from serve.client import Client, Done, Piece
+from serve.client import Accepted, Client, Delta, Done, Piece
 from serve.errors import RequestError, ServeError
 from serve.protocol import Code
 
@@ -207,3 +208,32 @@ def test_an_adapter_that_was_unloaded_ends_no_client(tmp_path, play, event, agai
     talk.happen(actions.Adapter("gone"))
     asyncio.run(asking.exchange(talk, event, again))
     assert talk.screen.offered == again and kept(talk) == "before"
+
+
+def test_the_toolbar_is_about_the_answer_that_streams(tmp_path):
+    talk = talk_of(tmp_path, Held())
+    asked = asking.Asking(talk, ["base", "one"])
+    shown = Shown(talk.screen, ["base", "one"])
+    for number, piece in ((0, Accepted(0, 10, 9, "base", {})), (1, Accepted(0, 20, 9, "one", {})), (1, Delta("a", 3))):
+        asked._follow(shown, number, piece)
+    assert talk.used == 10
+    asked._follow(shown, 0, Delta("b", 1))
+    assert talk.used == 11
+    shown.end(0, "")
+    asked._follow(shown, 1, Delta("c", 4))
+    assert talk.used == 24
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"), [("a" * 6, ["aaaaaa [note]"]), ("a" * 13, ["a" * 13, "[note]"]), ("", ["[note]"])]
+)
+@pytest.mark.parametrize("style", ["", "**"])
+def test_a_note_is_not_cut_in_two(monkeypatch, text, rows, style):
+    monkeypatch.setenv("COLUMNS", "20")
+    paper = Paper()
+    paper.has_colour = True
+    shown = Shown(paper, [""])
+    if text:
+        shown.add(0, Delta(f"{style}{text}{style}", 1))
+    shown.end(0, "[note]")
+    assert [re.sub(r"\x1b\[\d*m", "", row) for row in paper.rows] == rows

@@ -452,7 +452,7 @@ def test_lines_that_wait_when_the_user_leaves_are_not_asked(box: Box, leave: str
         screen.expect("2 lines wait")
         screen.type(leave)
         assert screen.wait() == 0
-        assert "2 lines that waited were not asked." in screen.text
+        assert "2 lines that waited were left undone." in screen.text
     questions = [event["text"] for event in events(conversations(box)[0]) if event["kind"] == "user"]
     assert questions == [LONG]
 

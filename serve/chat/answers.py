@@ -1,5 +1,6 @@
 """Answers under way: one, or several side by side, shown in the order in which they were asked for."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,9 +8,12 @@ from typing import Any
 from serve.chat.markdown import Markdown
 from serve.chat.phrases import say
 from serve.chat.screen import Screen, width
+from serve.chat.width import Span, cells, columns
 from serve.client import Accepted, Client, Delta, Done, Piece
 from serve.errors import RequestError, ServeError
 from serve.protocol import Code
+
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass
@@ -57,7 +61,8 @@ class Shown:
         self._held: list[list[str]] = [[] for _ in heads]
         self._tokens = [0] * len(heads)
         self._is_over = [False] * len(heads)
-        self._first = 0
+        # Whose rows are printed as they come.
+        self.streaming = 0
         self._begin()
 
     def add(self, number: int, piece: Delta) -> None:
@@ -68,35 +73,35 @@ class Shown:
     def end(self, number: int, note: str) -> None:
         """An answer is over, with a note behind it or ""."""
         rows = self._texts[number].finish()
-        if note and rows:
+        if note and rows and columns(cells([Span(STYLE.sub("", f"{rows[-1]} {note}"))])) <= width():
             rows[-1] += f" {note}"
         elif note:
-            rows = [note]
+            rows.append(note)
         self._is_over[number] = True
         self._out(number, rows)
-        while self._first < len(self._heads) and self._is_over[self._first]:
-            self._first += 1
+        while self.streaming < len(self._heads) and self._is_over[self.streaming]:
+            self.streaming += 1
             self._begin()
         self._show()
 
     def _begin(self) -> None:
-        if self._first < len(self._heads):
-            head = self._heads[self._first]
-            self._screen.print([*([f"── {head}"] if head else []), *self._held[self._first]])
+        if self.streaming < len(self._heads):
+            head = self._heads[self.streaming]
+            self._screen.print([*([f"── {head}"] if head else []), *self._held[self.streaming]])
 
     def _out(self, number: int, rows: list[str]) -> None:
-        if number != self._first:
+        if number != self.streaming:
             self._held[number] += rows
         elif rows:
             self._screen.print(rows)
         self._show()
 
     def _show(self) -> None:
-        live = self._texts[self._first].live if self._first < len(self._heads) else []
+        live = self._texts[self.streaming].live if self.streaming < len(self._heads) else []
         others = [
             f"── {head}: {say('num_tokens', number=tokens)}"
             for head, tokens, is_over in list(zip(self._heads, self._tokens, self._is_over, strict=True))[
-                self._first + 1 :
+                self.streaming + 1 :
             ]
             if not is_over
         ]

@@ -49,8 +49,8 @@ class Asking:
     def __init__(self, talk: Talk, names: Sequence[str]) -> None:
         self._talk, self._names = talk, list(names)
         self._outcomes: list[Outcome] = []
-        # When the first token came, and how many there were before it.
-        self._begun, self._before = 0.0, 0
+        # Of each answer: when its first token came, and how many there were before it.
+        self._begun, self._before = [0.0] * len(names), [0] * len(names)
 
     @property
     def is_answered(self) -> bool:
@@ -132,11 +132,17 @@ class Asking:
         return outcome
 
     def _follow(self, shown: Shown, number: int, piece: Piece) -> None:
-        talk = self._talk
-        if isinstance(piece, Delta):
+        if isinstance(piece, Accepted):
+            self._before[number] = piece.prompt_tokens
+        elif isinstance(piece, Delta):
+            self._begun[number] = self._begun[number] or time.monotonic()
             shown.add(number, piece)
-        if number:
-            return
+        if number == shown.streaming:
+            self._count(number, piece)
+
+    def _count(self, number: int, piece: Piece) -> None:
+        """What the toolbar says of the answer that streams."""
+        talk = self._talk
         if isinstance(piece, Accepted):
             talk.used = piece.prompt_tokens
         elif isinstance(piece, Waiting):
@@ -146,11 +152,9 @@ class Asking:
             )
             talk.screen.show([])
         elif isinstance(piece, Delta):
-            if not self._begun:
-                talk.state, self._begun = say("answering"), time.monotonic()
-                self._before = talk.used
-            talk.used = self._before + piece.tokens
-            talk.rate = (piece.tokens - 1) / max(time.monotonic() - self._begun, 1e-3)
+            talk.state = say("answering")
+            talk.used = self._before[number] + piece.tokens
+            talk.rate = (piece.tokens - 1) / max(time.monotonic() - self._begun[number], 1e-3)
 
     def _cut(self, done: Done | None) -> str:
         """A note for an answer that was ended by a limit."""

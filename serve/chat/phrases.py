@@ -113,7 +113,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "lost": ("no daemon", "sin demonio"),
     "lines_wait": ("{number} line waits|{number} lines wait", "{number} línea en espera|{number} líneas en espera"),
     "files_wait": ("{number} file attached|{number} files attached", "{number} archivo adjunto|{number} archivos adjuntos"),
-    "undone_lines": ("{number} line that waited was not asked.|{number} lines that waited were not asked.", "{number} línea en espera no se preguntó.|{number} líneas en espera no se preguntaron."),
+    "undone_lines": ("{number} line that waited was left undone.|{number} lines that waited were left undone.", "{number} línea en espera quedó sin hacer.|{number} líneas en espera quedaron sin hacer."),
     "error": ("error: {text}", "error: {text}"),
 }  # fmt: skip
 
