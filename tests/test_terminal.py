@@ -510,6 +510,25 @@ def test_a_long_question_leaves_half_of_the_screen(box: Box) -> None:
         assert "line 499" in screen.emulator.display[-2]
 
 
+@pytest.mark.parametrize("lines", [5, 7])
+def test_a_low_window_shows_what_fits_and_leaves_nothing_behind(box: Box, lines: int) -> None:
+    box.daemon(0.01)
+    with Screen(box, "chat", size=(40, lines)) as screen:
+        screen.expect("\n>")
+        table = [f"| {n} | x |" for n in range(12)]
+        table[1] = "|---|---|"
+        screen.type("\x1b[200~" + "\r".join([*table, "", "end"]) + "\x1b[201~\r")
+        screen.type("typed\x1b\rahead\x1b\rof it")
+        screen.expect("\nend\n", 12)
+        screen.type(INTERRUPT)
+        screen.expect("\nend\n>")
+        rows = screen.said[screen.said.index("  end") + 1 :]
+        assert rows == ["0  │ x", "───┼──", *[f"{n:<2} │ x" for n in range(2, 12)], "", "end"]
+        screen.type("/")
+        screen.expect("/help")
+        assert "Window too small" not in screen.text
+
+
 def choose(screen: Screen) -> None:
     screen.expect("\n>")
     for letter in "abc":

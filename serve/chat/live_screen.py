@@ -79,7 +79,7 @@ class LiveScreen(Lines):
         wanted = window.height
 
         def height() -> Dimension:
-            most = max(shutil.get_terminal_size().lines // 2, MENU_ROWS)
+            most = _most_prompt_rows()
             least = to_dimension(wanted).min
             return Dimension(min=min(least, most), max=most)
 
@@ -121,7 +121,9 @@ class LiveScreen(Lines):
             self._session.app.exit(exception=EOFError)
 
     def _message(self) -> StyleAndTextTuples:
-        live = "".join(f"{row}\n" for row in self._live)
+        # The last ones that fit with the prompt and the line below it: what is cut off would stay behind on the screen.
+        num_rows = max(_lines() - _most_prompt_rows() - 2, 0)
+        live = "".join(f"{row}\n" for row in self._live[max(len(self._live) - num_rows, 0) :])
         return [*to_formatted_text(ANSI(live)), ("bold", PROMPT)]
 
     def _accept(self, buffer: object) -> bool:
@@ -162,3 +164,11 @@ class LiveScreen(Lines):
     def _return(self) -> None:
         self._is_away = False
         self.print([])
+
+
+def _lines() -> int:
+    return shutil.get_terminal_size().lines
+
+
+def _most_prompt_rows() -> int:
+    return max(_lines() // 2, 1)
