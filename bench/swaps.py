@@ -156,8 +156,9 @@ async def swap(
         names = [folder.name for folder in folders]
         askers = [asker(number, served, names, expected, left, found) for number in range(CLIENTS)]
         await asyncio.gather(swapper(client, folders, rewrite, left, found), *askers)
-        served_now = [adapter["key"] for adapter in await client.adapters()]
-    print(f"served at the end: {len(served_now)}")
+        served_now = await client.adapters()
+    in_engine = [adapter["load_s"] for adapter in served_now if adapter["load_s"]]
+    print(f"served at the end: {len(served_now)}; their loads in the engine itself: {spread(in_engine)}")
     found.loads_at_rest = first.loads
     return found
 

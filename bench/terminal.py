@@ -20,7 +20,7 @@ from typing import Any
 from bench.serving import chosen, quantile, table
 from tests.serve_fixtures import Box, Screen, wait_until
 
-QUESTION = "Write a very long story about the sea, the city and the mountains, in many chapters."
+QUESTION = "Write a very long story about the sea, the city and the mountains, in many chapters. " * 4
 STARTS, KEYS = 9, 60
 LEAVE, INTERRUPT = "\x04", "\x03"
 
@@ -60,16 +60,15 @@ def echo(screen: Screen, key: str) -> float:
 def echoes(screen: Screen) -> list[float]:
     """The echoes of some keys while an answer streams; the keys stand in no answer."""
     found: list[float] = []
+    screen.type(f"{QUESTION}\r")
+    screen.expect("answering;", 20)
     for number in range(KEYS):
-        if not is_busy(screen):
-            screen.type(INTERRUPT)
-            screen.settle()
-            screen.type(f"{QUESTION}\r")
-            screen.expect("answering;", 20)
         found.append(echo(screen, chr(0x2460 + number % 20)))
         end = time.monotonic() + 0.05
         while time.monotonic() < end:
             screen.read(0.01)
+    assert is_busy(screen), screen.text
+    # The first one empties the prompt.
     screen.type(INTERRUPT)
     screen.type(INTERRUPT)
     wait_until(lambda: screen.read(0.01) and not is_busy(screen), 20)
@@ -131,7 +130,8 @@ def main(args: list[str]) -> int:
         box = Box(Path(folder))
         process = start(box, words)
         starts = [cold_start(box) for _ in range(STARTS)]
-        with Screen(box, "chat") as screen:
+        # So hot that no answer comes to its end before it is cancelled.
+        with Screen(box, "chat", "--set", "temperature=3") as screen:
             screen.expect("\n>", 20)
             keys = echoes(screen)
             screen.type("/reset\r")

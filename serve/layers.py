@@ -15,6 +15,8 @@ from serve.products import Products
 BASE_INDEX = 0
 # Who owns the columns that no adapter uses.
 NOBODY = -1
+# One column in so many may be unused.
+SPARE = 4
 
 
 @dataclass
@@ -89,7 +91,9 @@ class AdaptedLinear(nn.Module):
                 b.new_empty(0, b.shape[1]),
                 _nobodies(0, a.device),
             )
-        if (missing := ranks.stop - len(self._a)) > 0:
+        if ranks.stop > len(self._a):
+            # Some more than needed, so that not every adapter that comes copies all that are there.
+            missing = max(ranks.stop - len(self._a), len(self._a) // SPARE)
             self._a = torch.cat([self._a, a.new_zeros(missing, a.shape[1])])
             self._b = torch.cat([self._b, b.new_zeros(missing, b.shape[1])])
             self._owner = torch.cat([self._owner, _nobodies(missing, a.device)])

@@ -106,3 +106,7 @@ def test_the_place_of_one_that_left_is_taken_by_the_next():
     layer.put(2, part(9, 2, "lora"))
     layer.put(4, part(10, 2, "lora"))
     assert len(layer._a) == size == 12
+    layer.put(5, part(11, 2, "lora"))
+    assert len(layer._a) == 15
+    layer.put(6, part(12, 1, "lora"))
+    assert len(layer._a) == 15
