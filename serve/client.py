@@ -16,6 +16,7 @@ from serve.curve import Handshake, lock_dealer
 from serve.errors import EngineError, NoDaemonError, RequestError, ServeError, UserError
 from serve.protocol import (
     CREDIT_WINDOW,
+    MAX_CONTROL_BYTES,
     MAX_MESSAGE_BYTES,
     NO_REQUEST,
     PING_SECONDS,
@@ -175,9 +176,7 @@ class Client:
         """
         body = {**Submission(messages, **{"adapter": self.adapter, **options}).to_body(), "session": self._session}
         answer = Answer(Message(Kind.SUBMIT, os.urandom(len(NO_REQUEST)), body))
-        size, most = len(encode(answer.submit)[-1]), self.limits.get("message_bytes", MAX_MESSAGE_BYTES)
-        if size > most:
-            raise UserError(f"the conversation is {size} bytes and {most} go through; try a shorter text")
+        self._require_size(answer.submit, self.limits.get("message_bytes", MAX_MESSAGE_BYTES))
         lump = self.limits.get("credit", CREDIT_WINDOW) // 2
         self._answer, self._is_cancelled = answer, False
         self._last_heard = time.monotonic()
@@ -260,6 +259,7 @@ class Client:
 
     async def _question(self, kind: Kind, patience: float = SILENCE_SECONDS, **body: Any) -> dict[str, Any]:
         question = Message(kind, os.urandom(len(NO_REQUEST)), body)
+        self._require_size(question, self.limits.get("control_bytes", MAX_CONTROL_BYTES))
         self._last_heard = time.monotonic()
         self._send(self._control, question)
         while (message := await self._receive(self._control, patience)).request != question.request:
@@ -267,6 +267,11 @@ class Client:
         if message.kind is Kind.ERROR:
             self._raise(message)
         return message.body
+
+    def _require_size(self, message: Message, most: int) -> None:
+        """Raise `UserError` for what would make the daemon drop the connection."""
+        if (size := len(encode(message)[-1])) > most:
+            raise UserError(f"the conversation is {size} bytes and {most} go through; try a shorter text")
 
     # Staying in touch.
 

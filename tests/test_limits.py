@@ -13,11 +13,13 @@ import zmq
 from serve import runtime
 from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, RETRY_MS
 from serve.arguments import parse
+from serve.client import connect
 from serve.clients import MAX_SESSIONS
 from serve.daemon import UNREAD, Daemon
 from serve.engines import rss_bytes
+from serve.errors import UserError
 from serve.open_requests import Lane
-from serve.protocol import Kind, Message, encode
+from serve.protocol import MAX_CONTROL_BYTES, Kind, Message, encode
 from tests.serve_fixtures import Box, RawClient, box, wait_until
 
 __all__ = ["box"]
@@ -157,3 +159,17 @@ def test_conversations_of_thousands_of_turns_wait_in_little_memory(box: Box) -> 
         wait_until(lambda: client.status()["waiting"] == 20)
         # As objects they would be fifty megabytes.
         assert rss_bytes(daemon.pid) - before < 20 * 2**20
+
+
+def test_our_client_keeps_what_is_too_long_to_itself(box: Box) -> None:
+    box.daemon()
+
+    async def ask() -> None:
+        with await connect(box.record()) as client:
+            text = [{"role": "user", "content": "x" * MAX_CONTROL_BYTES}]
+            with pytest.raises(UserError, match="go through; try a shorter text"):
+                await client.tokenize(text)
+            # The connection is the same as before.
+            assert (await client.status())["state"] == "ready"
+
+    asyncio.run(ask())
