@@ -62,7 +62,7 @@ def record(box: Box, words: list[str], name: str) -> list[str]:
         start(box, words)
         screen.expect("Enter asks again.", 60)
         screen.settle()
-        shots.append(shot("The daemon was killed, and started again", screen, "> /regenerate"))
+        shots.append(shot("The daemon was killed, and started again", screen, "error: the daemon"))
         screen.type("\x03/undo\r/stats\r/save first-talk\r/resume\r")
         idle(screen)
         shots.append(shot("Commands", screen, "> /undo"))

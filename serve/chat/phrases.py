@@ -18,7 +18,7 @@ PHRASES: dict[str, tuple[str, str]] = {
     "/edit": ("change the last question and ask again", "cambiar la última pregunta y repetirla"),
     "/adapter": ("who answers from now on", "quién responde a partir de ahora"),
     "/adapters": ("who can answer", "quién puede responder"),
-    "/compare": ("the last question, answered by several; alone: by base and who answers", "la última pregunta, respondida por varios; solo: por base y quien responde"),
+    "/compare": ("the last question, answered by several; alone: by base and who answers", "la última pregunta, a varios; solo: a base y a quien responde"),
     "/stats": ("figures of the last answer", "cifras de la última respuesta"),
     "/save": ("give this conversation a name", "dar nombre a esta conversación"),
     "/load": ("begin a new conversation with what another one holds", "empezar una conversación nueva con el contenido de otra"),
