@@ -47,33 +47,30 @@ def to_messages_line(conversation: Conversation) -> str:
 
 def code_blocks(text: str) -> list[str]:
     """The blocks of code in an answer, without their fences; one that was cut off goes to the end."""
-    blocks: list[list[str]] = []
-    fence = ""
-    for line in text.split("\n"):
-        match = FENCE.fullmatch(line)
-        if match and not fence and not (match[1][0] == "`" and "`" in match[2]):
-            fence = match[1]
-            blocks.append([])
-        elif match and fence and match[1].startswith(fence) and not match[2].strip():
-            fence = ""
-        elif fence:
-            blocks[-1].append(line)
-    return ["\n".join(lines) for lines in blocks]
+    return _read_fences(text)[0]
 
 
 def _closed(text: str) -> str:
     """The text; a block of code that its end has cut is closed, or it would swallow the headings that follow."""
+    fence = _read_fences(text)[1]
+    return f"{text}\n{fence}" if fence else text
+
+
+def _read_fences(text: str) -> tuple[list[str], str]:
+    """(the blocks of code, the fence that is still open at the end or "")."""
+    blocks: list[list[str]] = []
     fence = ""
     for line in text.split("\n"):
-        if not (match := FENCE.fullmatch(line)):
-            continue
-        marks, rest = match.groups()
-        if not fence:
-            # Backticks after backticks are code in a line of text.
-            fence = "" if marks[0] == "`" and "`" in rest else marks
-        elif marks.startswith(fence) and not rest.strip():
+        marks, rest = match.groups() if (match := FENCE.fullmatch(line)) else ("", "")
+        # Backticks after backticks are code in a line of text.
+        if marks and not fence and not (marks[0] == "`" and "`" in rest):
+            fence = marks
+            blocks.append([])
+        elif fence and marks.startswith(fence) and not rest.strip():
             fence = ""
-    return f"{text}\n{fence}" if fence else text
+        elif fence:
+            blocks[-1].append(line)
+    return ["\n".join(lines) for lines in blocks], fence
 
 
 def _encodable(text: str) -> str:
