@@ -47,7 +47,8 @@ class Failure:
 # What the communication libraries say when the process at the other end is no more.
 ECHO = re.compile(
     r"closed by peer|connection reset|broken pipe|socket closed|remote process exited|timed out|"
-    r"ncclRemoteError|ncclSystemError|connection refused|store.*(get|wait)|recvValue failed",
+    r"remote worker|caused pair closure|collective operation timeout|ncclRemoteError|ncclSystemError|connection refused|"
+    r"store.*(get|wait)|recvValue failed",
     re.IGNORECASE,
 )
 NO_MEMORY = r"out of memory|can't allocate memory|bad_alloc|MemoryError"
@@ -81,7 +82,7 @@ CAUSES = (
         "NCCL_SOCKET_IFNAME= with the right network on several machines",
     ),
     (
-        r"timed out|closed by peer|connection reset|connection refused",
+        r"timed out|closed by peer|connection reset|connection refused|remote worker",
         "a process did not answer, on this machine or another",
         "the logs of the other machines; with NNODES, that all were started with the same MASTER_ADDR and MASTER_PORT",
     ),

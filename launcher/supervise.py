@@ -31,8 +31,9 @@ from launcher.stopping import SIGNALS
 POLL_S = 0.1
 # How long the others may take to end by themselves once one has failed.
 GRACE_S = 5.0
-# How torchrun tells that a process has ended without a word.
-ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+# How torchrun tells that a signal ended a process: the one it noticed first, and each one in the report at its end.
+FIRST_KILLED = re.compile(r"failed \(exitcode: -(?P<number>\d+)\) local_rank: (?P<rank>\d+)")
+KILLED = re.compile(r"\(local_rank: (?P<rank>\d+)\)\s+exitcode\s*: -(?P<number>\d+)")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -130,10 +131,14 @@ class Processes:
 
     def _ended_silently(self) -> Failure | None:
         """A process that left no record: a signal ended it."""
-        found = ENDED.search(self._log())
-        if not found or int(found[1]) >= 0 or self.has_killed:
+        log = self._log()
+        # Of two that ended between two of its looks torchrun takes the lower rank for the first; and it ends others itself,
+        # by a signal that asks them to stop.
+        by_itself = (found for found in KILLED.finditer(log) if int(found["number"]) not in SIGNALS)
+        found = next(by_itself, None) or FIRST_KILLED.search(log)
+        if not found or self.has_killed:
             return None
-        number, rank = -int(found[1]), self.decided.ranks[int(found[2])]
+        number, rank = int(found["number"]), self.decided.ranks[int(found["rank"])]
         if number in SIGNALS:
             print("stopped before the first step, nothing was lost; run the same command again")
             return Failure(rank, socket.gethostname(), "stopped", "starting", "")

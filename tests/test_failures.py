@@ -55,6 +55,20 @@ def test_the_users_own_mistakes_are_told_as_ever(tmp_path):
     assert lines == ["error: a: bad; try b", "error: c: worse; try d"]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RuntimeError: [/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9",
+        "RuntimeError: [/gloo/transport/tcp/pair.cc:144] no connection. This is typically caused by a remote worker hanging "
+        "or bugs in the application. Check the logs of the remote worker before reporting an error. GLHF!",
+        "RuntimeError: Application timeout caused pair closure",
+        "DistBackendError: Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4) ran for 600000 milliseconds",
+    ],
+)
+def test_what_only_tells_of_another_process_is_an_echo(message):
+    assert failure(message).is_echo
+
+
 def test_the_first_failure_is_no_echo_and_of_this_attempt(tmp_path):
     told = [
         failure("RuntimeError: Connection closed by peer [127.0.0.1]", rank=0, at=1.0),

@@ -128,7 +128,10 @@ def listening(pids: list[int]) -> set[int]:
     """The tcp ports on which these processes listen."""
     inodes = set()
     for pid in pids:
-        inodes.update(str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir())
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            # Another thread may have closed it since it was listed.
+            with contextlib.suppress(FileNotFoundError):
+                inodes.add(str(link.readlink()))
     ports = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
