@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from bench.rivals import Prompts, Result, Rival
 from serve.engine import Engine, Sampling
 from serve.errors import UserError
-from serve.slots import chunk_size, num_read_together
+from serve.pace import Pace, num_read_together
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-7b": ("llama", {"max_position_embeddings": 4096}),
@@ -61,6 +61,7 @@ def alone(engine: Engine) -> Rival:
         reading: dict[int, tuple[int, int]] = {}
         answering: dict[int, int] = {}
         free = list(range(engine.info.num_slots))
+        pace = Pace(engine.info.chunk)
 
         def take(slot: int, number: int, token: int) -> None:
             if token in engine.info.stop_ids:
@@ -81,7 +82,7 @@ def alone(engine: Engine) -> Rival:
                 reused = engine.start(slot, list(prompts[number]), Sampling(), engine.info.adapters[0].key)
                 reading[slot] = (number, len(prompts[number]) - reused)
             if reading:
-                chunk = chunk_size(engine.info.chunk, len(answering))
+                chunk = pace.chunk(len(answering))
                 slots = list(reading)[: num_read_together([left for _, left in reading.values()], chunk)]
                 for read in engine.prefill(slots, chunk):
                     number = reading[read.slot][0]

@@ -21,11 +21,11 @@ from bench.serving import chosen, pieces, quantile, served, table
 from bench.streams import TOPICS
 from serve.client import Client, Delta, connect
 from serve.engine import Engine, Sampling
+from serve.engine_process import build
 from serve.load import Load
 from serve.settings import PREFIX
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
-from serve.worker import build
 
 # Threads wait as they do in an engine process of the daemon's; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -24,12 +24,12 @@ from typing import Any
 from bench.serving import Served, chosen, pieces, quantile, served
 from serve.client import Accepted, Client, Delta, connect
 from serve.engine import Engine, Sampling
+from serve.engine_process import build
 from serve.errors import RequestError
 from serve.load import Load
 from serve.settings import PREFIX, Settings
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
-from serve.worker import build
 
 CLIENTS = 4
 LOAD_S = 1.0

@@ -17,10 +17,11 @@ import zmq.asyncio
 
 from serve import runtime
 from serve.arguments import MAX_ENGINES, Arguments
+from serve.bundle import unpack
 from serve.errors import EXIT_USAGE, EngineError, ServeError, UserError
 from serve.lifeline import child_environment
 from serve.load import Load
-from serve.protocol import Kind, Message, decode, encode
+from serve.protocol import Kind, Message, encode
 from serve.wire import send_now
 
 STOP_SECONDS = 5.0
@@ -160,7 +161,7 @@ class Engines:
         load = Load(a.runs, a.hold, a.dtype, a.settings, endpoint, device=number, num_devices=a.num_gpus)
         with self.log_path(number).open("a" if number in self._started else "w") as log:
             process = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-m", "serve.worker", load.to_json()],
+                *[sys.executable, "-m", "serve.engine_process", load.to_json()],
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -174,18 +175,21 @@ class Engines:
 
     async def _listen(self, number: int, engine: EngineProcess) -> None:
         while True:
-            message = decode(await engine.link.recv_multipart())
-            if message.kind is Kind.READY:
-                engine.info, engine.ready_at = message.body["info"], time.monotonic()
-                engine.ready.set()
-            elif message.kind is Kind.ERROR and not any(message.request) and not engine.ready.is_set():
-                engine.last_words = message.body["message"]
-                continue
-            self._on_message(number, message)
-            if engine.ready.is_set():
-                self._first_ready.set()
+            for message in unpack(await engine.link.recv_multipart()):
+                self._hear(number, engine, message)
             # Reading what is there already never waits; clients and other engines shall be heard in between.
             await asyncio.sleep(0)
+
+    def _hear(self, number: int, engine: EngineProcess, message: Message) -> None:
+        if message.kind is Kind.READY:
+            engine.info, engine.ready_at = message.body["info"], time.monotonic()
+            engine.ready.set()
+        elif message.kind is Kind.ERROR and not any(message.request) and not engine.ready.is_set():
+            engine.last_words = message.body["message"]
+            return
+        self._on_message(number, message)
+        if engine.ready.is_set():
+            self._first_ready.set()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 
 MAGIC = b"CHT1"
+NUM_FRAMES = 4
 VERSION = 1
 NO_REQUEST = bytes(16)
 MAX_MESSAGE_BYTES = 8 * 2**20
@@ -127,7 +128,7 @@ def encode(message: Message) -> list[bytes]:
 
 def decode(frames: list[bytes], max_bytes: int = MAX_MESSAGE_BYTES) -> Message:
     """The message in four frames (without a routing id); raises `ProtocolError` for anything else."""
-    if len(frames) != 4 or frames[0] != MAGIC or len(frames[2]) != len(NO_REQUEST):
+    if len(frames) != NUM_FRAMES or frames[0] != MAGIC or len(frames[2]) != len(NO_REQUEST):
         raise ProtocolError(Code.BAD_REQUEST, "not a message: expected [CHT1][type][request id of 16 bytes][body]")
     _, type_byte, request, packed = frames
     try:

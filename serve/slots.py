@@ -2,15 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from serve.engine import AdapterInfo, Detokenizer
 from serve.stops import StopStrings
 from serve.submission import Submission
-
-# So many chunks are read at once while nobody is answered.
-ALONE_CHUNKS = 2
 
 
 @dataclass
@@ -72,19 +69,6 @@ def answer_limit(num_prompt: int, max_tokens: int | None, context: int) -> int:
     """How many tokens an answer may have: what the user allows and what the context has room for."""
     room = context - num_prompt
     return room if max_tokens is None else min(max_tokens, room)
-
-
-def chunk_size(usual: int, num_answering: int) -> int:
-    """How many tokens of prompts a turn may read: more while nobody waits for a next token, since larger chunks are cheaper."""
-    return usual if num_answering else ALONE_CHUNKS * usual
-
-
-def num_read_together(remaining: Sequence[int], chunk: int) -> int:
-    """How many prompts are read in one pass: the first ones, as long as all, padded to the longest, fit the chunk."""
-    number = 1
-    while number < len(remaining) and (number + 1) * max(remaining[: number + 1]) <= chunk:
-        number += 1
-    return number
 
 
 class SlotTable:

@@ -1,43 +1,37 @@
-"""The engine process: `python -m serve.worker {what to load, as JSON}`, started by the daemon and gone with it.
+"""Requests served by one engine: they join and leave between steps.
 
-Requests join and leave between steps. A turn of the loop gives waiting requests the free slots, reads one chunk of the
-prompts that are not read yet, and gives every answer one more token: a long prompt delays the others by one chunk at most.
+A turn gives waiting requests the free slots, reads one chunk of the prompts that are not read yet, and gives every answer one
+more token: a long prompt delays the others by one chunk at most.
 """
 
 import dataclasses
-import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
-
-import zmq
+from typing import Any
 
 from serve import submission
-from serve.echo import open_echo
 from serve.engine import AdapterError, AdapterInfo, Engine, TooLongError, resolve
-from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
-from serve.lifeline import follow_parent
-from serve.load import Load
-from serve.protocol import MAX_MESSAGE_BYTES, NO_REQUEST, Code, Kind, Message, ProtocolError, decode, encode, error
-from serve.slots import Request, SlotTable, chunk_size, num_read_together
+from serve.pace import Pace, num_read_together
+from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, error
+from serve.slots import Request, SlotTable
 from serve.submission import Submission
 
-Send = Callable[[Message], None]
-PROGRESS_SECONDS = 0.05
 # So many steps in a row that fail: the device, not a request, is broken.
 MAX_FAILURES = 3
 SHORTER = "try /reset or a shorter text"
 
 
 class Worker:
-    """Serves requests with one engine; `send` carries messages to the daemon."""
+    """Serves requests with one engine. What it says to the daemon goes through `send`, and out at the latest with `flush`."""
 
-    def __init__(self, engine: Engine, send: Send) -> None:
+    def __init__(
+        self, engine: Engine, send: Callable[[Message], None], flush: Callable[[], None] = lambda: None
+    ) -> None:
         self.engine = engine
         self.table = SlotTable(engine.info.num_slots)
-        self._send = send
+        self._send, self._flush = send, flush
+        self._pace = Pace(engine.info.chunk)
         self._failures = 0
 
     @property
@@ -66,6 +60,7 @@ class Worker:
         except Exception as fault:
             traceback.print_exc()
             self._send(error(message.request, engine_code(fault), first_line(fault)))
+        self._flush()
 
     def turn(self) -> None:
         """Fill the free slots, read one chunk, then one token for everybody."""
@@ -73,9 +68,12 @@ class Worker:
             self._start(*admitted)
         if self.table.reading:
             self._read()
+            # The first words of an answer do not wait for the next ones of the others.
+            self._flush()
         if len(self.table.occupied) > len(self.table.reading):
             self._step()
         self._retire()
+        self._flush()
 
     # Messages.
 
@@ -148,14 +146,18 @@ class Worker:
 
     def _read(self) -> None:
         slots, left = list(self.table.reading), list(self.table.reading.values())
-        chunk = chunk_size(self.engine.info.chunk, len(self.table.occupied) - len(slots))
+        chunk = self._pace.chunk(num_answering=len(self.table.occupied) - len(slots))
         slots = slots[: num_read_together(left, chunk)]
+        begun = time.monotonic()
         try:
             reads = self.engine.prefill(slots, chunk)
         except Exception as fault:
             # These prompts were too much for the engine; the other slots are untouched.
             self._fail(slots, fault)
             return
+        self._pace.took(
+            sum(left[: len(slots)]) - sum(read.total - read.done for read in reads), time.monotonic() - begun
+        )
         for read in reads:
             request = self.table.occupied[read.slot]
             if read.token is None:
@@ -231,60 +233,3 @@ def first_line(fault: BaseException) -> str:
     """An exception as one line."""
     lines = str(fault).strip().splitlines()
     return lines[0] if lines else type(fault).__name__
-
-
-def build(load: Load, send: Send) -> Engine:
-    """Load the engine, telling the daemon how far it is."""
-    if load.hold == "echo":
-        return open_echo(load)
-    from serve.slot_engine import open_engine
-
-    last_stage, last_time = "", 0.0
-
-    def progress(stage: str, done: int, total: int) -> None:
-        nonlocal last_stage, last_time
-        now = time.monotonic()
-        if stage != last_stage or done == total or now - last_time >= PROGRESS_SECONDS:
-            last_stage, last_time = stage, now
-            send(Message(Kind.PROGRESS, body={"stage": stage, "done": done, "total": total}))
-
-    return open_engine(load, progress)
-
-
-def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
-    """Serve for ever: sleep while there is nothing to do, never wait while somebody wants a token."""
-    while True:
-        while worker.is_idle and not link.poll(0) and worker.engine.reserve():
-            pass
-        while worker.is_idle or link.poll(0):
-            # What the daemon adds to a conversation at the very limit of the size is not held against it.
-            worker.receive(decode(link.recv_multipart(), 2 * MAX_MESSAGE_BYTES))
-        worker.turn()
-
-
-def main(args: list[str]) -> int:
-    """Load, report READY, serve; the process ends by a signal, or with exit code 6 if the run cannot be loaded, 2 if it must not be."""
-    load = Load.from_json(args[0])
-    # The terminal sends Ctrl-C to the whole process group; the daemon decides when this process ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    follow_parent(signal.SIGKILL)
-    context = zmq.Context()
-    link = context.socket(zmq.PAIR)
-    link.connect(load.endpoint)
-
-    def send(message: Message) -> None:
-        link.send_multipart(encode(message))
-
-    try:
-        engine = build(load, send)
-    except Exception as fault:
-        traceback.print_exc()
-        send(error(NO_REQUEST, Code.ENGINE, first_line(fault)))
-        context.destroy(linger=1000)
-        return EXIT_USAGE if isinstance(fault, UserError) else EXIT_ENGINE
-    send(Message(Kind.READY, body={"info": dataclasses.asdict(engine.info)}))
-    loop(Worker(engine, send), link)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -131,7 +131,7 @@ def test_nothing_in_serve_can_run_what_it_receives() -> None:
 
 
 def test_client_and_daemon_are_torch_free() -> None:
-    modules = "serve.__main__, serve.daemon, serve.chat.terminal, serve.chat.piped, serve.starter, serve.worker"
+    modules = "serve.__main__, serve.daemon, serve.chat.terminal, serve.chat.piped, serve.starter, serve.engine_process"
     heavy = "{'torch', 'transformers', 'peft', 'launcher', 'serve.slot_engine'}"
     code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=SERVE.parent, capture_output=True, text=True, check=True)

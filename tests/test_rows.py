@@ -3,7 +3,6 @@
 import random
 
 from serve.rows import Rows, common_length
-from serve.slots import num_read_together
 from serve.stops import StopStrings
 
 HEADS = {"plain": 0, "prefixed": 3}
@@ -100,13 +99,6 @@ def test_a_common_beginning_is_found() -> None:
         other = one[: chance.randrange(12)] + [chance.randrange(2) for _ in range(chance.randrange(5))]
         expected = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
         assert common_length(one, other) == (min(len(one), len(other)) if expected is None else expected)
-
-
-def test_short_prompts_are_read_together_and_a_long_one_alone() -> None:
-    assert num_read_together([40, 40, 40, 40], 128) == 3
-    assert num_read_together([500, 5], 128) == 1
-    assert num_read_together([5, 500], 128) == 1
-    assert num_read_together([1], 128) == 1
 
 
 def test_stop_strings_end_an_answer_wherever_the_pieces_are_cut() -> None:

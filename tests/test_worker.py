@@ -1,0 +1,92 @@
+"""Turns of an engine: how much of the prompts each reads, and what it says to the daemon at once."""
+
+import zmq
+
+from serve.bundle import Bundle, unpack
+from serve.echo import EchoEngine
+from serve.engine import Read
+from serve.pace import ALONE_CHUNKS, ALONE_SECONDS, SECONDS, UNIT, Pace, num_read_together
+from serve.protocol import Kind, Message
+from serve.worker import Worker
+
+
+def test_short_prompts_are_read_together_and_a_long_one_alone() -> None:
+    assert num_read_together([40, 40, 40, 40], 128) == 3
+    assert num_read_together([500, 5], 128) == 1
+    assert num_read_together([5, 500], 128) == 1
+    assert num_read_together([1], 128) == 1
+
+
+def test_a_chunk_is_what_the_engine_was_told_until_that_takes_too_long() -> None:
+    pace = Pace(512)
+    assert (pace.chunk(3), pace.chunk(0)) == (512, ALONE_CHUNKS * 512)
+    pace.took(ALONE_CHUNKS * 512, 0.02)
+    assert (pace.chunk(0), pace.chunk(1)) == (ALONE_CHUNKS * 512, 512)
+    pace.took(512, 4.0)
+    assert pace.chunk(3) == UNIT == 128 * SECONDS
+    assert pace.chunk(0) == 2 * UNIT == 128 * ALONE_SECONDS
+
+
+def test_a_slow_chunk_is_forgotten_and_a_small_one_tells_nothing() -> None:
+    pace = Pace(512)
+    pace.chunk(1)
+    pace.took(512, 100.0)
+    for _ in range(10):
+        chunk = pace.chunk(1)
+        # A machine that reads 1000 tokens a second, and takes 50 ms for none at all.
+        pace.took(chunk, 0.05 + chunk / 1000)
+    assert 0.15 < 0.05 + pace.chunk(1) / 1000 <= SECONDS
+    before = pace.chunk(1)
+    pace.took(3, 0.05)
+    assert pace.chunk(1) == before
+
+
+class Slow(EchoEngine):
+    """Notes how much it was asked to read at once."""
+
+    def __init__(self) -> None:
+        super().__init__(num_slots=16)
+        self.chunks: list[int] = []
+
+    def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
+        self.chunks.append(chunk)
+        return super().prefill(slots, chunk)
+
+
+def submit(worker: Worker, number: int, text: str) -> None:
+    worker.receive(Message(Kind.SUBMIT, bytes([number]) * 16, {"messages": [{"role": "user", "content": text}]}))
+
+
+def test_a_slow_engine_reads_less_at_once(monkeypatch) -> None:
+    monkeypatch.setenv("AFINAR_ECHO_DELAY", "1.0")
+    engine = Slow()
+    worker = Worker(engine, lambda message: None)
+    submit(worker, 1, "x" * 1900)
+    worker.turn()
+    worker.turn()
+    whole = ALONE_CHUNKS * engine.info.chunk
+    assert engine.chunks[0] == whole
+    assert UNIT <= engine.chunks[1] <= whole * ALONE_SECONDS
+
+
+def test_what_a_step_says_to_all_is_one_message() -> None:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as daemon, context.socket(zmq.PAIR) as link:
+        daemon.bind("inproc://engine")
+        link.connect("inproc://engine")
+        bundle = Bundle(link)
+        worker = Worker(EchoEngine(num_slots=16), bundle.add, bundle.send)
+        for number in range(16):
+            submit(worker, number, "hello")
+            assert [message.kind for message in unpack(daemon.recv_multipart())] == [Kind.ACCEPTED]
+        said = []
+        while not worker.is_idle:
+            worker.turn()
+            while daemon.poll(0):
+                said.append(list(unpack(daemon.recv_multipart())))
+        assert not link.poll(0)
+        # The prompts with their first words, and a bundle a step: "ello", and the end of all.
+        firsts = said[: -len("hello")]
+        assert {message.kind for each in firsts for message in each} == {Kind.PROGRESS, Kind.DELTA}
+        steps = said[-len("hello") :]
+        assert [len({message.request for message in step}) for step in steps] == [16] * len("hello")
+        assert [{message.kind for message in step} for step in steps] == [{Kind.DELTA}] * 4 + [{Kind.DONE}]
