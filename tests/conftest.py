@@ -8,6 +8,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+# What a shell, a CI or another make has set decides nothing here: colours, width, language, editor, clipboard, pace.
+for name in (
+    "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "VISUAL", "EDITOR", "DISPLAY", "WAYLAND_DISPLAY",
+    "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "AFINAR_ECHO_DELAY", "AFINAR_RUNTIME_DIR",
+):  # fmt: skip
+    os.environ.pop(name, None)
+os.environ["AFINAR_LANG"] = "en"
+# Servers of the tests are on this machine, whatever stands between it and the network.
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+
 WIDE = 0.2
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

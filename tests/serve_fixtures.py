@@ -28,7 +28,11 @@ from serve.runtime import Record
 ROOT = Path(__file__).parent.parent
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+# How long is waited for what is bound to come: no speed is measured, and a busy machine takes its time.
+PATIENCE = 60.0
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """The first true value of `condition`, asked 50 times a second."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -86,7 +90,7 @@ class Box:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=2 * PATIENCE,
         )
 
     def daemon(self, delay: float = 0.0, *words: str) -> subprocess.Popen[str]:
@@ -112,8 +116,12 @@ class Box:
             process.kill()
             process.wait()
         for path in self.runtime.glob("*.json"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
+            # A daemon may be leaving just now, and takes its file along.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                record = self.record(path.stem)
+                if record.is_alive:
+                    os.kill(record.pid, signal.SIGKILL)
+                    wait_until(lambda record=record: not record.is_alive)
 
 
 @pytest.fixture
@@ -149,7 +157,7 @@ class RawClient:
     def send(self, lane: str, message: Message) -> None:
         self.sockets[lane].send_multipart(encode(message))
 
-    def receive(self, lane: str, seconds: float = 5.0) -> Message:
+    def receive(self, lane: str, seconds: float = PATIENCE) -> Message:
         assert self.sockets[lane].poll(seconds * 1e3), f"nothing came on {lane}"
         return decode(self.sockets[lane].recv_multipart())
 
@@ -176,7 +184,7 @@ class RawClient:
             pass
         return message.body
 
-    def collect(self, request: bytes, seconds: float = 10.0) -> tuple[list[Message], Message]:
+    def collect(self, request: bytes, seconds: float = PATIENCE) -> tuple[list[Message], Message]:
         """The deltas of a request and its last message."""
         deltas = []
         while True:
@@ -272,7 +280,7 @@ class Screen:
             self._stream.feed(data)
         return True
 
-    def expect(self, wanted: str, seconds: float = 8.0) -> str:
+    def expect(self, wanted: str, seconds: float = PATIENCE) -> str:
         """Read until it can be seen."""
         end = time.monotonic() + seconds
         while wanted not in self.text:
@@ -284,20 +292,21 @@ class Screen:
         """Enter a line, wait until `wanted` appears below it, and give back the rows that came with it."""
         before = len(self.said)
         self.type(f"{line}\r")
-        end = time.monotonic() + 8.0
+        end = time.monotonic() + PATIENCE
         while wanted not in "\n".join(self.said[before + 1 :]):
             assert time.monotonic() < end, f"{wanted!r} did not appear in:\n{self.text}"
             assert self.read(0.1), self.text
         return self.said[before:]
 
-    def settle(self, quiet: float = 0.3, seconds: float = 8.0) -> None:
+    def settle(self, quiet: float = 0.3, seconds: float = PATIENCE) -> None:
         """Read on until nothing more comes."""
         end = time.monotonic() + seconds
         while select.select([self.master], [], [], quiet)[0]:
             assert time.monotonic() < end, f"still drawing:\n{self.text}"
-            self.read(0.0)
+            if not self.read(0.0):
+                return
 
-    def wait(self, seconds: float = 8.0) -> int:
+    def wait(self, seconds: float = PATIENCE) -> int:
         """Read on until the program has ended; its exit code."""
         end = time.monotonic() + seconds
         while self.process.poll() is None:
