@@ -3,7 +3,6 @@
 import asyncio
 import json
 import signal
-import socket
 import urllib.error
 import urllib.request
 
@@ -12,7 +11,8 @@ import pytest
 from serve.client import Accepted, Delta, Done, connect
 from serve.errors import RequestError
 from serve.protocol import Kind
-from tests.serve_fixtures import Box, RawClient, box, text_of, wait_until
+from tests.serve_fixtures import PATIENCE, Box, RawClient, box, text_of, wait_until
+from tests.test_security import free_ports
 
 __all__ = ["box"]
 
@@ -63,7 +63,7 @@ def test_adapters_come_and_go_while_serving(box: Box) -> None:
 def test_leaving_waits_for_the_open_requests(box: Box, way: str) -> None:
     daemon = box.daemon(0.01)
     with RawClient(box.record()) as client:
-        request = client.submit("abc" * 40)
+        request = client.submit("abc" * 100)
         while client.receive("data").kind is not Kind.DELTA:
             pass
         if way == "signal":
@@ -79,7 +79,7 @@ def test_leaving_waits_for_the_open_requests(box: Box, way: str) -> None:
                 endings[message.request] = message
         assert endings[refused].body["code"] == "E_DRAINING"
         assert endings[request].body["reason"] == "stop"
-    assert daemon.wait(5) == 0
+    assert daemon.wait(PATIENCE) == 0
     assert box.left() == set()
 
 
@@ -92,13 +92,11 @@ def test_leaving_has_an_end(box: Box) -> None:
         deltas, last = client.collect(request)
         assert last.body["code"] == "E_DRAINING"
         assert last.body["detail"]["tokens"] == len(text_of(deltas)) > 0
-    assert daemon.wait(5) == 0
+    assert daemon.wait(PATIENCE) == 0
 
 
 def test_figures_and_the_log(box: Box) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports()
     box.daemon(0.005, f"METRICS={port}")
     secret = "nobody may read this"
     with RawClient(box.record()) as client:
@@ -107,11 +105,11 @@ def test_figures_and_the_log(box: Box) -> None:
         assert status["first_token_ms"]["p50"] > 0 and status["inter_token_ms"]["p95"] > 4
         assert status["tokens_per_second"] > 0 and status["tokens"] == len(secret)
         assert status["engines"][0]["rss_bytes"] > 2**20 and status["rss_bytes"] > 2**20
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as page:
             lines = page.read().decode().splitlines()
         assert {f"afinar_tokens_total {len(secret)}", 'afinar_requests_total{ending="stop"} 1'} <= set(lines)
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=PATIENCE)
     taken = box.run("daemon", "HOLD=echo", "RUN=runs/other", f"METRICS={port}")
     assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and str(port) in taken.stderr
     log = box.runtime / "echo.events.log"

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 from serve import curve, keys
 from serve.protocol import Code, Kind, Message
 from serve.runtime import Record
-from tests.serve_fixtures import Box, RawClient, box, children, text_of
+from tests.serve_fixtures import PATIENCE, Box, RawClient, box, children, text_of
 
 __all__ = ["box"]
 
@@ -28,15 +29,15 @@ KEYS = Path(".local/state/afinar/keys")
 
 
 def free_ports() -> int:
-    """A port that is free on the loopback, and so is the next one."""
+    """A port that is free on the loopback, and so is the next one.
+
+    Below those that the system gives to who connects: nobody is given it before the daemon has it.
+    """
     while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port: int = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
+        port = random.randrange(20000, 32000)
+        with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            two.bind(("127.0.0.1", port + 1))
             return port
 
 
@@ -188,7 +189,7 @@ def test_without_an_authenticator_nobody_comes_in() -> None:
         refusals = dealer.get_monitor_socket(curve.WATCHED)
         dealer.connect(f"tcp://127.0.0.1:{port}")
         dealer.send(b"anybody?")
-        assert refusals.poll(5000) and not router.poll(100)
+        assert refusals.poll(PATIENCE * 1e3) and not router.poll(100)
         assert recv_monitor_message(refusals)["event"] != zmq.EVENT_HANDSHAKE_SUCCEEDED
         dealer.disable_monitor()
 
@@ -329,5 +330,5 @@ def test_a_daemon_of_several_runs_is_found_under_each(box: Box) -> None:
     gone = box.run("chat", "RUN=one", stdin="x")
     assert gone.returncode == 2 and "no adapter 'one'" in gone.stderr
     assert box.run("stop", "RUN=two").returncode == 0
-    assert daemon.wait(5) == 0 and box.left() == set()
+    assert daemon.wait(PATIENCE) == 0 and box.left() == set()
     assert box.run("status").returncode == 3
