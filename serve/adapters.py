@@ -1,5 +1,6 @@
 """Read an adapter's folder, in the format of PEFT, into what each layer of the base needs to serve it."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import nn
 
 from serve.cache import heads_of
@@ -17,6 +18,8 @@ from serve.layers import Part
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# Digits of a SHA-256 that tell adapters apart.
+DIGEST_LENGTH = 12
 _HEAD = "base_model.model."
 # What our methods leave at these values; an adapter from elsewhere that uses them would be served wrongly.
 _UNUSED = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "trainable_token_indices")
@@ -24,13 +27,17 @@ _UNUSED = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replicatio
 
 @dataclass
 class Adapter:
-    """What an adapter does to the base: parts by the name of the layer, or a prefix [layers, 2, heads, tokens, dim]."""
+    """What an adapter does to the base: parts by the name of the layer, or a prefix [layers, 2, heads, tokens, dim].
+
+    `digest` is of the very bytes that were read.
+    """
 
     method: str
     parts: dict[str, Part] = field(default_factory=dict)
     prefix: torch.Tensor | None = None
     matched: int = 0
     total: int = 0
+    digest: str = ""
 
     @property
     def num_prefix(self) -> int:
@@ -45,7 +52,9 @@ def read(folder: Path, layers: Mapping[str, nn.Module], model_config: Any, dtype
     """
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE)
+        # Not mapped: what is served must not change with the file.
+        data = (folder / WEIGHTS_FILE).read_bytes()
+        tensors = load(data)
     except Exception as fault:
         raise AdapterError(f"{folder} cannot be read ({fault}); train again: RUN=another") from None
     if used := [name for name in _UNUSED if config.get(name)]:
@@ -55,8 +64,11 @@ def read(folder: Path, layers: Mapping[str, nn.Module], model_config: Any, dtype
             raise AdapterError(f"{folder}: {name} is not finite (NaN or infinite); train again: RUN=another")
     method = str(config.get("peft_type", "")).lower()
     if method == "prefix_tuning":
-        return _read_prefix(tensors, model_config, dtype)
-    return _read_layers(method, config, tensors, layers, dtype)
+        adapter = _read_prefix(tensors, model_config, dtype)
+    else:
+        adapter = _read_layers(method, config, tensors, layers, dtype)
+    adapter.digest = hashlib.sha256(data).hexdigest()[:DIGEST_LENGTH]
+    return adapter
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

@@ -67,12 +67,17 @@ class SlotCache(Cache):
             tensor[target, :, :length] = tensor[source, :, :length]
 
     def swap(self, one: int, other: int, lengths: tuple[int, int]) -> None:
-        """See `rows.Mover.swap`; what is not in use is not moved."""
-        first, second = lengths
+        """See `rows.Mover.swap`; what neither uses is not moved."""
+        # Both as far as the longer one: what the shorter one would leave behind may not be a number.
+        length = max(lengths)
         for tensor in (*self.keys, *self.values):
-            kept = tensor[one, :, :first].clone()
-            tensor[one, :, :second] = tensor[other, :, :second]
-            tensor[other, :, :first] = kept
+            kept = tensor[one, :, :length].clone()
+            tensor[one, :, :length] = tensor[other, :, :length]
+            tensor[other, :, :length] = kept
+
+    def is_finite(self, row: int, length: int) -> bool:
+        """Whether the first positions of a row are numbers: one that is none makes all of the layers above it none."""
+        return all(bool(tensor[row, :, :length].isfinite().all()) for tensor in (self.keys[-1], self.values[-1]))
 
     def wipe(self, row: int) -> None:
         """Clear a row whose numbers went wrong: hidden positions count for nothing, but nothing times NaN is NaN."""

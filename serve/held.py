@@ -17,7 +17,7 @@ from launcher.config import Config, Quant
 from launcher.errors import UserError
 from launcher.memory import frozen_bytes
 from serve import adapters, errors
-from serve.adapters import WEIGHTS_FILE, Adapter
+from serve.adapters import DIGEST_LENGTH, WEIGHTS_FILE, Adapter
 from serve.engine import AdapterError, TooLongError
 from serve.load import Load
 from serve.token_bytes import measure
@@ -25,7 +25,6 @@ from serve.token_bytes import measure
 Progress = Callable[[str, int, int], None]
 # The same for every base and adapter, so that figures can be compared.
 PROBE = [{"role": "user", "content": "Good morning! Two coffees and a slice of cake, please. What do you have today?"}]
-DIGEST_LENGTH = 12
 
 
 @dataclass
@@ -67,8 +66,8 @@ class Held:
             raise ValueError(str(error)) from None
         return ids
 
-    def read_adapter(self, run: Path, layers: Mapping[str, nn.Module]) -> tuple[str, Adapter]:
-        """(digest of its file, adapter) of a finished run for these layers of the base; raises `AdapterError`."""
+    def read_adapter(self, run: Path, layers: Mapping[str, nn.Module]) -> Adapter:
+        """The adapter of a finished run for these layers of the base; raises `AdapterError`."""
         try:
             manifest = rundir.read_finished(run)
         except UserError as error:
@@ -81,8 +80,7 @@ class Held:
         if manifest["template_sha256"] != self.template:
             raise AdapterError(f"{run} was trained with another chat template; serve it alone: make serve RUN={run}")
         with torch.inference_mode():
-            adapter = adapters.read(run / "adapter", layers, self.model.config, models.DTYPES[self.dtype])
-        return file_digest(run), adapter
+            return adapters.read(run / "adapter", layers, self.model.config, models.DTYPES[self.dtype])
 
 
 def base_digest(manifest: dict[str, Any]) -> str:

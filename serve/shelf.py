@@ -68,15 +68,15 @@ class Shelf:
         """Serve one more run: everything of it must fit this base, and it must change what the base says."""
         if self._held.hold == "merged":
             raise AdapterError("the daemon holds a merged model, which takes no adapter; try: make serve HOLD=adapters")
-        begun = time.monotonic()
+        begun, name = time.monotonic(), Path(run).name
+        if name == BASE:
+            raise AdapterError(f"{run}: {BASE} means the model without an adapter; try to rename the folder")
         try:
-            digest, adapter = self._held.read_adapter(Path(run), self._bases)
+            adapter = self._held.read_adapter(Path(run), self._bases)
         except OSError as fault:
             raise AdapterError(f"{run}: {fault.strerror}; try another run") from None
         context = self._length - adapter.num_prefix
-        info = AdapterInfo(
-            Path(run).name, digest, adapter.method, context, adapter.matched, adapter.total, run=str(run)
-        )
+        info = AdapterInfo(name, adapter.digest, adapter.method, context, adapter.matched, adapter.total, run=str(run))
         if info.key in self._loaded:
             # Loaded again it is the newest of its name.
             self._put(self._loaded.pop(info.key))

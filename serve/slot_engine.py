@@ -90,10 +90,15 @@ class SlotEngine:
         """Find a row that has the beginning of the prompt already, or a free one."""
         loaded = self._shelf[adapter]
         reused = self._rows.start(slot, adapter, ids)
-        if loaded.prefix is not None and not reused:
-            self.cache.seed(self._rows.row_of(slot), loaded.prefix)
+        try:
+            if loaded.prefix is not None and not reused:
+                self.cache.seed(self._rows.row_of(slot), loaded.prefix)
+            self._sampler.start(slot, ids, sampling)
+        except BaseException:
+            self._sampler.free(slot)
+            self._rows.free(slot)
+            raise
         self._seats[slot] = Seat(ids, loaded, reused)
-        self._sampler.start(slot, ids, sampling)
         return reused
 
     def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
@@ -163,11 +168,17 @@ class SlotEngine:
         seat = self._seats.pop(slot)
         row = self._rows.row_of(slot)
         self._sampler.free(slot)
-        if seat.last < 0 and seat.done == len(seat.ids):
+        if not self._is_sound(seat, row):
             # Its numbers went wrong, and they lie in the cache.
             self._rows.rows[row].tokens = []
             self.cache.wipe(row)
         self._rows.free(slot)
+
+    def _is_sound(self, seat: Seat, row: int) -> bool:
+        """Whether a row holds numbers: known of one that is answering, looked up in one whose prompt was not read to its end."""
+        if seat.done == len(seat.ids):
+            return seat.last >= 0
+        return self.cache.is_finite(row, seat.adapter.num_prefix + seat.done)
 
     def reserve(self) -> bool:
         """One layer of one row; a GPU's memory is there already."""
@@ -182,9 +193,11 @@ class SlotEngine:
 
     def load_adapter(self, run: str) -> AdapterInfo:
         """Serve one more run: everything of it must fit this base, and it must change what the base says."""
-        info = self._shelf.load(run)
-        self._tell()
-        return info
+        try:
+            return self._shelf.load(run)
+        finally:
+            # One that is refused has been among the layers, too.
+            self._tell()
 
     def unload_adapter(self, key: str) -> None:
         """Forget an adapter that no slot uses, and all that its rows have read."""
