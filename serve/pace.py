@@ -9,6 +9,8 @@ ALONE_CHUNKS = 2
 SECONDS, ALONE_SECONDS = 0.25, 0.5
 # Chunks are multiples of this many tokens: fewer at once cost as much.
 UNIT = 32
+# The first one of all shows how quick this machine is.
+FIRST = 64
 
 
 class Pace:
@@ -16,17 +18,16 @@ class Pace:
 
     def __init__(self, usual: int) -> None:
         self._usual = usual
-        # Tokens a second, unknown at first.
+        # Tokens a second, as far as is known.
         self._rate: float | None = None
         self._last = 0
 
     def chunk(self, num_answering: int) -> int:
         """How many tokens the next turn may read, while so many are answered."""
         most, seconds = (self._usual, SECONDS) if num_answering else (ALONE_CHUNKS * self._usual, ALONE_SECONDS)
-        if self._rate is not None:
-            most = min(most, max(int(self._rate * seconds) // UNIT * UNIT, UNIT))
-        self._last = most
-        return most
+        affordable = FIRST if self._rate is None else max(int(self._rate * seconds) // UNIT * UNIT, UNIT)
+        self._last = min(most, affordable)
+        return self._last
 
     def took(self, tokens: int, seconds: float) -> None:
         """So many tokens were read in that time. Much less than a chunk tells nothing: it takes nearly as long as all of it."""
