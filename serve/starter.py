@@ -1,18 +1,34 @@
 """Find the daemon that a client shall talk to, or start one."""
 
 import asyncio
+import atexit
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from serve import runtime
-from serve.arguments import Arguments, require_finished
+from serve.arguments import Arguments, parse, require_finished
 from serve.errors import NoDaemonError, ServeError, UserError
-from serve.lifeline import child_environment
+from serve.lifeline import PARENT, child_environment
 
+COMMAND = (sys.executable, "-m", "serve", "daemon")
 PUBLISH_SECONDS = 20.0
+END_SECONDS = 10.0
+GONE_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How a daemon was started by `start`: with these `arguments`; as a child it ends with this process."""
+
+    arguments: Arguments
+    is_child: bool
+
+    def holding(self, hold: str) -> "Origin":
+        """The same with another HOLD."""
+        return replace(self, arguments=replace(self.arguments, hold=hold))
 
 
 def find(folder: Path, arguments: Arguments) -> runtime.Record | None:
@@ -62,15 +78,56 @@ def find_or_fail(folder: Path, arguments: Arguments) -> runtime.Record:
 
 def start(folder: Path, arguments: Arguments, *, is_child: bool) -> subprocess.Popen[bytes]:
     """Start a daemon in its own session, so that Ctrl-C here is not for it; a child ends when this process does."""
-    with open(_log_path(folder, arguments), "wb", opener=_private) as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "serve", "daemon", *arguments.words()],
+    with open(_log_path(folder, arguments.name), "wb", opener=_private) as log:
+        process = subprocess.Popen(
+            [*COMMAND, *arguments.words()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
             env=child_environment() if is_child else None,
         )
+    if is_child:
+        # The kernel would see to it, but not wait for it.
+        atexit.register(end, process, END_SECONDS)
+    return process
+
+
+def origin(folder: Path, record: runtime.Record) -> Origin | None:
+    """How a daemon was started, as the kernel knows it; None if it was not by `start`, or ends with another process.
+
+    So is one on another machine, or in the foreground, where a terminal or a program looks after it.
+    """
+    process = Path(f"/proc/{record.pid}")
+    try:
+        is_background = (process / "fd" / "1").samefile(_log_path(folder, record.name))
+        parents = [word for word in _strings(process / "environ") if word.startswith(f"{PARENT}=")]
+        arguments = parse("daemon", _strings(process / "cmdline")[len(COMMAND) :])
+    except (OSError, UserError):
+        return None
+    if not is_background or parents not in ([], [f"{PARENT}={os.getpid()}"]):
+        return None
+    # It may have been started in another folder.
+    runs = tuple(
+        given if Path(given).absolute() == Path(run) else run
+        for given, run in zip(arguments.runs, record.runs, strict=True)
+    )
+    return Origin(replace(arguments, run=runs[0], runs=runs), is_child=bool(parents))
+
+
+async def find_or_start(folder: Path, origin: Origin) -> runtime.Record:
+    """The daemon of these runs, started in this way if there is none; raises like `wait_until_published`."""
+    record = find(folder, origin.arguments)
+    if record is None:
+        process = start(folder, origin.arguments, is_child=origin.is_child)
+        record = await wait_until_published(folder, origin.arguments, process)
+    return record
+
+
+async def wait_until_gone(record: runtime.Record) -> None:
+    """Return when that daemon has ended."""
+    while record.is_alive:
+        await asyncio.sleep(GONE_POLL_SECONDS)
 
 
 def end(process: "subprocess.Popen[bytes]", seconds: float) -> None:
@@ -89,16 +146,21 @@ async def wait_until_published(folder: Path, arguments: Arguments, process: subp
         if (record := runtime.find(folder, arguments.name)) is not None and record.pid == process.pid:
             return record
         if process.poll() is not None:
-            lines = _log_path(folder, arguments).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            lines = _log_path(folder, arguments.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             failure = ServeError(lines[-1].removeprefix("error: ") if lines else "the daemon left without a word")
             failure.exit_code = process.returncode
             raise failure
         await asyncio.sleep(0.02)
-    raise NoDaemonError(f"the daemon does not come up; see {_log_path(folder, arguments)}")
+    raise NoDaemonError(f"the daemon does not come up; see {_log_path(folder, arguments.name)}")
 
 
-def _log_path(folder: Path, arguments: Arguments) -> Path:
-    return folder / f"{arguments.name}.log"
+def _strings(path: Path) -> list[str]:
+    """What the kernel lists of a process, each with a NUL behind it."""
+    return os.fsdecode(path.read_bytes()).split("\0")[:-1]
+
+
+def _log_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.log"
 
 
 def _private(path: str, flags: int) -> int:

@@ -15,7 +15,7 @@ from serve.chat.sampling import change, shown, words
 from serve.chat.screen import prose
 from serve.chat.talk import Talk, describe
 from serve.engine import BASE
-from serve.errors import UserError
+from serve.errors import ServeError, UserError
 
 Action = Callable[[Talk, str], Awaitable[None]]
 
@@ -111,8 +111,8 @@ async def adapters(talk: Talk, _: str) -> None:
 async def compare(talk: Talk, text: str) -> None:
     """/compare"""
     await talk.refresh()
-    if len(talk.adapters) < 2:
-        raise UserError(_how_to_compare(talk))
+    if len(talk.adapters) < 2 and not await _fetch_base(talk, text):
+        return
     mine = talk.adapter.partition("@")[0]
     other = mine if mine != BASE else next(name for name in talk.adapters if name != BASE)
     names = list({talk.require_adapter(name): name for name in text.split() or [BASE, other]}.values())
@@ -120,6 +120,32 @@ async def compare(talk: Talk, text: str) -> None:
         raise UserError(say("compare_two", names=f"{BASE} {other}"))
     require(talk, Regenerate())
     await exchange(talk, Regenerate(), f"/compare {' '.join(names)}", names)
+
+
+async def _fetch_base(talk: Talk, names: str) -> bool:
+    """Offer to hold a merged run beside its base; False if the person would rather not. Raises `UserError` where it cannot be."""
+    is_pair = not names or {name.partition("@")[0] for name in names.split()} == {BASE, *talk.adapters}
+    is_merged = talk.client.info["hold"] == "merged"
+    # A plain terminal would show nothing for some seconds.
+    origin = talk.origin if is_pair and is_merged and talk.screen.has_colour else None
+    if origin is None:
+        raise UserError(_how_to_compare(talk))
+    require(talk, Regenerate())
+    talk.tell("compare_again", name=talk.adapter)
+    if others := (await talk.client.status())["clients"] - 1:
+        talk.tell("cut_off", number=others)
+    talk.tell("choose_again")
+    if (await talk.screen.choice()).strip().lower() != "r":
+        talk.tell("not_asked")
+        return False
+    try:
+        await talk.restart(origin, "adapters")
+    except asyncio.CancelledError:
+        talk.screen.prefill(f"/compare {names}".rstrip())
+        raise
+    except ServeError as fault:
+        raise UserError(say("compare_failed", text=fault)) from None
+    return True
 
 
 def _how_to_compare(talk: Talk) -> str:

@@ -79,6 +79,16 @@ PHRASES: dict[str, tuple[str, str]] = {
         "{name} is merged into its base, so the base is not beside it. Try on {host}: make stop, and make serve with HOLD=adapters",
         "{name} está fundido con su base, así que la base no está al lado. Prueba en {host}: make stop, y make serve con HOLD=adapters",
     ),
+    "compare_again": (
+        "{name} is merged into its base, so the base is not beside it. The daemon can be started again with both: that takes some seconds, and answers come a little slower then.",
+        "{name} está fundido con su base, así que la base no está al lado. El demonio puede arrancarse de nuevo con ambos: tarda unos segundos, y las respuestas llegan después algo más despacio.",
+    ),
+    "cut_off": ("{number} other client is connected, and would be cut off.|{number} other clients are connected, and would be cut off.", "Hay {number} cliente más conectado, y se quedaría sin conexión.|Hay {number} clientes más conectados, y se quedarían sin conexión."),
+    "choose_again": ("  r      start it again with both\n  Enter  leave it", "  r      arrancarlo de nuevo con ambos\n  Enter  dejarlo así"),
+    "compare_failed": (
+        "the daemon does not start with both: {text}. The conversation is kept, and the next question starts it as it was",
+        "el demonio no arranca con ambos: {text}. La conversación se conserva, y la próxima pregunta lo arranca como estaba",
+    ),
     "compare_alone": ("only {name} is here; try make load ADAPTER= with the folder of a run", "solo está {name}; prueba make load ADAPTER= con la carpeta de un entrenamiento"),
     "kept": ("The answer of {name} is kept.", "Se conserva la respuesta de {name}."),
     "status": ("{busy} of {slots} slots busy, {waiting} waiting; {turns} in this conversation ({name})", "{busy} de {slots} ranuras ocupadas, {waiting} en espera; {turns} en esta conversación ({name})"),
@@ -102,6 +112,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "answer_full": ("the context is full; /reset begins again", "el contexto está lleno; /reset empieza de nuevo"),
     # The daemon comes and goes.
     "looking": ("Looking for a daemon; Ctrl-C stops looking. To start one: make serve", "Buscando un demonio; Ctrl-C deja de buscar. Para arrancar uno: make serve"),
+    "ending": ("ending the daemon", "parando el demonio"),
+    "starting": ("starting the daemon", "arrancando el demonio"),
     "back": ("Connected again. Enter asks again.", "Conectado de nuevo. Enter vuelve a preguntar."),
     "connected": ("Connected: {what}", "Conectado: {what}"),
     # The toolbar.

@@ -7,30 +7,41 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
+from serve import runtime, starter
 from serve.chat.conversation import Conversation
 from serve.chat.conversation_events import Begin, Event
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.phrases import say
 from serve.chat.screen import Screen, prose
-from serve.client import Client, Done, ShowProgress
+from serve.client import Client, Done, ShowProgress, connect
 from serve.engine import BASE, AdapterError, AdapterInfo, resolve
-from serve.errors import NoDaemonError, RequestError, ServeError, UserError
+from serve.errors import EngineError, NoDaemonError, RequestError, ServeError, UserError
 from serve.protocol import Code
+from serve.starter import Origin
 
 # How long to wait between two looks for a daemon, from the first to the last.
 FIRST_DELAY, LAST_DELAY = 0.1, 8.0
 
 
 class Talk:
-    """What `serve.chat.actions` act on. `reconnect` finds the daemon again after it was restarted, or raises `NoDaemonError`."""
+    """What `serve.chat.actions` act on. `reconnect` finds the daemon again after it was restarted, or raises `NoDaemonError`.
+
+    `may_start`: whether this client may start a daemon that outlives it.
+    """
 
     screen: Screen
 
     def __init__(
-        self, client: Client, reconnect: Callable[[ShowProgress], Awaitable[Client]], file: ConversationFile
+        self,
+        client: Client,
+        reconnect: Callable[[ShowProgress], Awaitable[Client]],
+        file: ConversationFile,
+        *,
+        may_start: bool = False,
     ) -> None:
         self.client = client
         self.file = file
+        self.may_start = may_start
         self.attached: list[str] = []
         self.last: Done | None = None
         self.used = 0
@@ -151,12 +162,13 @@ class Talk:
     async def connected(self) -> Client:
         """The client of a daemon that is there; looks for one, again and again, until there is one or Ctrl-C."""
         if self.client.is_lost:
-            await self._look()
+            await self._look(say("lost"))
             self.tell("connected", what=describe(self.client, self.adapter))
         return self.client
 
-    async def _look(self) -> None:
-        delay, self.state = FIRST_DELAY, say("lost")
+    async def _look(self, state: str) -> None:
+        delay = FIRST_DELAY
+        self._show_state(state)
         while True:
             try:
                 client = await self._reconnect(self._show_loading)
@@ -167,15 +179,55 @@ class Talk:
             await asyncio.sleep(delay)
             delay = min(2 * delay, LAST_DELAY)
         self.client.__exit__()
-        self.client = client
+        self.client, self.state = client, ""
 
     def _show_loading(self, stage: str, done: int, total: int) -> None:
-        self.state = f"{stage} {100 * done // total}%" if total else stage
+        self._show_state(f"{stage} {100 * done // total}%" if total else stage)
+
+    def _show_state(self, state: str) -> None:
+        self.state = state
         self.screen.show([])
+
+    @property
+    def origin(self) -> Origin | None:
+        """How the daemon was started; None if this client may not end it, or could not start it in the same way."""
+        origin = starter.origin(runtime.directory(), self.client.record)
+        return origin if origin and (origin.is_child or self.may_start) else None
+
+    async def restart(self, origin: Origin, hold: str) -> None:
+        """End the daemon of this origin when its open requests are over, and start it again with another HOLD.
+
+        Raises `ServeError` if it does not start; the next time that a daemon is needed it is started as it was.
+        """
+        # First: whenever Ctrl-C comes, the next question finds or starts the new one.
+        self._reconnect = self._starting(origin.holding(hold))
+        try:
+            self._show_state(say("ending"))
+            await self.client.drain()
+            await starter.wait_until_gone(self.client.record)
+            await self._look(say("starting"))
+        except ServeError:
+            self._reconnect = self._starting(origin)
+            raise
+        self.tell("connected", what=describe(self.client, self.adapter))
+
+    def _starting(self, origin: Origin) -> Callable[[ShowProgress], Awaitable[Client]]:
+        adapter = self.client.adapter
+
+        async def reconnect(show: ShowProgress) -> Client:
+            record = await starter.find_or_start(runtime.directory(), origin)
+            try:
+                return await connect(record, show, adapter)
+            except EngineError:
+                # It has said why it leaves; until then it would be found.
+                await starter.wait_until_gone(record)
+                raise
+
+        return reconnect
 
     async def come_back(self, again: str) -> None:
         """After a daemon has died: find the next one, and offer to ask it; nothing is asked twice by itself."""
-        await self._look()
+        await self._look(say("lost"))
         self.tell("back")
         self.screen.prefill(again)
 

@@ -40,7 +40,7 @@ class Terminal:
     ) -> None:
         folder = state_directory()
         self._conversations = folder / "conversations"
-        self._talk = Talk(client, reconnect, ConversationFile(self._conversations))
+        self._talk = Talk(client, reconnect, ConversationFile(self._conversations), may_start=arguments.start)
         self._talk.attached = attached
         self._is_hinted = False
         self._code = EXIT_DONE
