@@ -116,10 +116,14 @@ class Broker:
             self._outbox.send(Lane.DATA, sender, refusal)
 
     def refuse(self, lane: Lane, sender: bytes, fault: ProtocolError) -> None:
-        """Answer frames that are no message of ours."""
+        """Answer frames that are no message of ours, or a message at which we failed."""
         # An open request keeps its one ERROR or DONE for its own end.
-        if fault.request not in self._answers.open:
+        request = self._answers.open.get(fault.request)
+        if request is None:
             self._outbox.send(lane, sender, error(fault.request, fault.code, str(fault)))
+        elif fault.code is Code.INTERNAL and request.data == sender:
+            # Nobody knows how far we came with it: it shall not wait for ever.
+            self._answers.end(request, fault.code, str(fault), tokens=request.tokens)
 
     def _greet(self, sender: bytes, message: Message) -> None:
         session = self._clients.greet(sender, message)

@@ -40,7 +40,7 @@ class Clients:
         """The session of a HELLO, an earlier one if it names it; None, with an answer, if no version fits."""
         versions = message.body["proto"]
         if VERSION not in versions:
-            text = f"this daemon speaks version {VERSION} of the protocol, not {str(versions)[:40]}"
+            text = f"this daemon speaks version {VERSION} of the protocol; try a client of that version"
             self._send(Lane.CONTROL, sender, error(message.request, Code.UNSUPPORTED, text))
             return None
         before = self._by_control.get(sender)

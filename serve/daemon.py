@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,18 @@ from serve.lifeline import follow_parent
 from serve.metrics import serve_metrics
 from serve.open_requests import Lane, Sent
 from serve.progress import Progress
-from serve.protocol import MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, Code, Kind, Message, ProtocolError, decode, encode
+from serve.protocol import (
+    MAX_CONTROL_BYTES,
+    MAX_MESSAGE_BYTES,
+    NO_REQUEST,
+    NUM_FRAMES,
+    Code,
+    Kind,
+    Message,
+    ProtocolError,
+    decode,
+    encode,
+)
 from serve.wire import send_now
 
 TICK_SECONDS = 0.1
@@ -127,8 +139,19 @@ class Daemon:
                 handle(sender, decode(frames))
             except ProtocolError as fault:
                 self._broker.refuse(lane, sender, fault)
+            except Exception as fault:
+                self._broker.refuse(lane, sender, self._mistake(fault, frames))
             # Reading what is there already never waits: without this, one who floods us would be the only one heard.
             await asyncio.sleep(0)
+
+    def _mistake(self, fault: Exception, frames: list[bytes]) -> ProtocolError:
+        """We failed at a message, whatever it was; nobody else shall suffer for it."""
+        # Not what the exception says: it may quote what somebody wrote.
+        place = traceback.extract_tb(fault.__traceback__)[-1]
+        where = f"{Path(place.filename).name}:{place.lineno}"
+        self._log("mistake", what=type(fault).__name__, where=where)
+        request = frames[2] if len(frames) == NUM_FRAMES else NO_REQUEST
+        return ProtocolError(Code.INTERNAL, f"a mistake of the daemon's ({where}); try another question", request)
 
     def _on_engine(self, number: int, message: Message) -> None:
         is_loading = self._broker.state == "loading"

@@ -6,10 +6,14 @@ ignored, so that a newer client can say more. Every SUBMIT gets exactly one DONE
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import msgpack
+
+_Container = TypeVar("_Container", list[Any], dict[str, Any])
 
 MAGIC = b"CHT1"
 NUM_FRAMES = 4
@@ -20,6 +24,9 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 MAX_CONTROL_BYTES = 2 * 2**20
 MAX_LIST_ITEMS = 10_000
 MAX_MAP_KEYS = 64
+# Of lists and maps in one another, and of all that is in them: small on the wire, they could take long and much memory.
+MAX_DEPTH = 32
+MAX_VALUES = 100_000
 # Deltas that a client is sent before it must grant more; a slow reader gets longer ones, never fewer words.
 CREDIT_WINDOW = 256
 PING_SECONDS = 2.0
@@ -152,6 +159,8 @@ def error(request: bytes, code: Code, message: str, **detail: Any) -> Message:
 def _unpack(packed: bytes, request: bytes, max_bytes: int) -> dict[str, Any]:
     if len(packed) > max_bytes:
         raise ProtocolError(Code.BAD_REQUEST, f"the body is larger than {max_bytes} bytes", request)
+    # Fewer bytes cannot be more values.
+    count = _counting(MAX_VALUES) if len(packed) > MAX_VALUES else None
     try:
         body = msgpack.unpackb(
             packed,
@@ -160,9 +169,38 @@ def _unpack(packed: bytes, request: bytes, max_bytes: int) -> dict[str, Any]:
             max_array_len=MAX_LIST_ITEMS,
             max_map_len=MAX_MAP_KEYS,
             max_ext_len=0,
+            list_hook=count,
+            object_hook=count,
         )
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as fault:
         raise ProtocolError(Code.BAD_REQUEST, f"the body is not msgpack: {type(fault).__name__}", request) from None
     if not isinstance(body, dict):
         raise ProtocolError(Code.BAD_REQUEST, "the body is not a map", request)
+    if _is_deeper(body, MAX_DEPTH):
+        raise ProtocolError(Code.BAD_REQUEST, f"the body is more than {MAX_DEPTH} lists and maps deep", request)
     return body
+
+
+def _counting(most: int) -> Callable[[_Container], _Container]:
+    """A hook of msgpack's: gives every list and map back, raises `ValueError` when they hold more than `most` values."""
+    num_values = 0
+
+    def count(container: _Container) -> _Container:
+        nonlocal num_values
+        num_values += len(container)
+        if num_values > most:
+            raise ValueError(f"more than {most} values")
+        return container
+
+    return count
+
+
+def _is_deeper(body: dict[str, Any], most: int) -> bool:
+    """Whether lists and maps lie in one another more than `most` deep, the body counted."""
+    level: list[Any] = [body]
+    depth = 0
+    while level and depth < most:
+        inner = chain.from_iterable(outer.values() if type(outer) is dict else outer for outer in level)
+        level = [value for value in inner if type(value) in (dict, list)]
+        depth += 1
+    return bool(level)

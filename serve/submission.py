@@ -48,7 +48,7 @@ def parse(body: dict[str, Any], request: bytes) -> Submission:
 
     def check(name: str, value: Any, is_valid: bool, rule: str) -> None:
         if not is_valid:
-            raise ProtocolError(Code.BAD_REQUEST, f"{name} must be {rule}, not {str(value)[:40]!r}", request)
+            raise ProtocolError(Code.BAD_REQUEST, f"{name} must be {rule}, not {_described(value)}", request)
 
     limit, deadline, adapter = body.get("max_tokens"), body.get("deadline_ms"), body.get("adapter")
     wants_ids = body.get("wants_ids", False)
@@ -101,6 +101,11 @@ def _parse_stops(body: dict[str, Any], check: Check) -> tuple[str, ...]:
     rule = f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
     check("stop", stops, is_list and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS for s in stops), rule)
     return tuple(stops)
+
+
+def _described(value: Any) -> str:
+    """A wrong value for a message: lists and maps, megabytes perhaps, by their type."""
+    return repr(str(value)[:40]) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _is_number(value: Any, low: float, high: float) -> bool:
