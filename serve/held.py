@@ -20,6 +20,7 @@ from serve import adapters, errors
 from serve.adapters import DIGEST_LENGTH, WEIGHTS_FILE, Adapter
 from serve.engine import AdapterError, TooLongError
 from serve.load import Load
+from serve.sizes import layer_devices
 from serve.token_bytes import measure
 
 Progress = Callable[[str, int, int], None]
@@ -97,6 +98,9 @@ def file_digest(run: Path) -> str:
 def hold_runs(load: Load, progress: Progress) -> Held:
     """Load the base of the runs, and merge the only one into it if it shall be held so; raises `serve.errors.UserError`."""
     run, hold, notes = Path(load.runs[0]), load.hold, []
+    if torch.cuda.is_available():
+        # Streams and graphs belong to the current device, and the first one is the current one until another is named.
+        torch.cuda.set_device(load.device)
 
     def place(weights: Path, config: Config, dtype: str) -> torch.device | str:
         if not torch.cuda.is_available():
@@ -145,8 +149,10 @@ def probe(held: Held, model: Any, prefix: torch.Tensor | None = None) -> torch.T
     """Log-probabilities fp32 [L, vocabulary] of the next token after each of the probe, behind a prefix if there is one."""
     ids = torch.tensor([held.prompt_ids(PROBE)], device=model.device)
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(() if prefix is None else prefix):
-        cache.update(keys[None], values[None], layer)
+    if prefix is not None:
+        # Each layer finds its part where it lives itself: a base may be spread over several devices.
+        for layer, (part, device) in enumerate(zip(prefix, layer_devices(model), strict=True)):
+            cache.update(*part[:, None].to(device), layer)
     positions = cache.get_seq_length() + torch.arange(ids.shape[1], device=ids.device)[None]
     logits = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
     return logits[0].float().log_softmax(-1)

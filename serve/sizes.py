@@ -1,6 +1,7 @@
 """How many rows of which length fit the memory there is."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ def free_bytes(device: torch.device, share: float) -> int:
         return max(0, int(free - (1 - share) * total))
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(int(fields["MemAvailable"].split()[0]) * 1024 * share)
+
+
+def free_for_rows(devices: Sequence[torch.device], share: float) -> int:
+    """What rows may take, in bytes, when each layer's part of them lies on that layer's device: `devices`, one a layer."""
+    # A device with a third of the layers has a third of every row: what is free there holds three times as much in rows.
+    return min(
+        free_bytes(device, share) * len(devices) // num_layers for device, num_layers in Counter(devices).items()
+    )
 
 
 def fit(free: int, bytes_of: Callable[[int], int], number: int, length: int) -> tuple[int, int]:

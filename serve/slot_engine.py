@@ -22,7 +22,7 @@ from serve.rows import Rows
 from serve.sampler import Sampler
 from serve.settings import Settings
 from serve.shelf import Loaded, Shelf
-from serve.sizes import fit, free_bytes, layer_devices
+from serve.sizes import fit, free_for_rows, layer_devices
 from serve.stream import StreamDecoder
 
 # What is sensible where nothing was asked for: (rows, tokens of a chunk) by the kind of device.
@@ -58,7 +58,7 @@ class SlotEngine:
         rows, chunk = DEFAULTS[self._device.type]
         length = min(settings.context or CONTEXT, self.model.config.max_position_embeddings)
         number, length = fit(
-            free_bytes(self._device, settings.memory), lambda n: row_bytes(self.model.config, n, dtype),
+            free_for_rows(devices, settings.memory), lambda n: row_bytes(self.model.config, n, dtype),
             settings.slots or rows, length,
         )  # fmt: skip
         self.cache = SlotCache(self.model.config, number, length, dtype, devices)
