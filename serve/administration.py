@@ -16,7 +16,9 @@ from serve.protocol import ADMIN, NO_REQUEST, Code, Kind, Message, encode, error
 
 # A question whose asker or engine is gone is dropped after so long.
 PATIENCE_SECONDS = 300.0
-# What the questions that wait for an engine may take together; a short one counts as so much.
+# So many questions of one client may wait for an engine: each takes of the time between two tokens of everybody's.
+MAX_QUESTIONS = 8
+# What all of them may take together; a short one counts as so much.
 MAX_QUESTION_BYTES = 16 * 2**20
 LEAST_QUESTION_BYTES = 64 * 2**10
 RETRY_MS = 500
@@ -85,27 +87,37 @@ class Administration:
         return {"adapters": [{**vars(adapter), "key": adapter.key} for adapter in self._fleet.first.adapters]}
 
     def _ask(self, sender: bytes, message: Message) -> None:
-        ready = set(self._fleet.ready)
         now = time.monotonic()
         self._questions = {i: q for i, q in self._questions.items() if now - q.asked < PATIENCE_SECONDS}
         # Not by the id that the asker chose: it may be that of a request of somebody else's.
         inner = secrets.token_bytes(len(NO_REQUEST))
         question = Message(message.kind, inner, {key: message.body[key] for key in ASKED if key in message.body})
-        waiting = sum(question.num_bytes for question in self._questions.values())
         num_bytes = max(len(encode(question)[-1]), LEAST_QUESTION_BYTES)
-        if not ready:
-            refusal = error(message.request, Code.LOADING, "no engine is ready yet; try again in a moment")
+        if refusal := self._refusal(sender, message, num_bytes):
             self._send(Lane.CONTROL, sender, refusal)
-        elif waiting + num_bytes > MAX_QUESTION_BYTES:
-            text = f"too many questions at once; try again in {RETRY_MS / 1e3:.1f} s"
-            counts = {"waiting": waiting, "max": MAX_QUESTION_BYTES, "retry_after_ms": RETRY_MS}
-            self._send(Lane.CONTROL, sender, error(message.request, Code.QUEUE_FULL, text, **counts))
-        else:
-            asked = {min(ready)} if message.kind is Kind.TOKENIZE else ready
-            run = message.body.get("run", "")
-            self._questions[inner] = Question(sender, message.kind, message.request, num_bytes, set(asked), run)
-            for number in asked:
-                self._forward(number, question)
+            return
+        ready = set(self._fleet.ready)
+        asked = {min(ready)} if message.kind is Kind.TOKENIZE else ready
+        run = message.body.get("run", "")
+        self._questions[inner] = Question(sender, message.kind, message.request, num_bytes, set(asked), run)
+        for number in asked:
+            self._forward(number, question)
+
+    def _refusal(self, sender: bytes, message: Message, num_bytes: int) -> Message | None:
+        """Why this question cannot be asked now, if so."""
+        if not self._fleet.ready:
+            return error(message.request, Code.LOADING, "no engine is ready yet; try again in a moment")
+        own = sum(question.asker == sender for question in self._questions.values())
+        taken = sum(question.num_bytes for question in self._questions.values())
+        for have, more, most, whose in (
+            (own, 1, MAX_QUESTIONS, " of yours"),
+            (taken, num_bytes, MAX_QUESTION_BYTES, ""),
+        ):
+            if have + more > most:
+                text = f"too many questions{whose} at once; try again in {RETRY_MS / 1e3:.1f} s"
+                counts = {"waiting": have, "max": most, "retry_after_ms": RETRY_MS}
+                return error(message.request, Code.QUEUE_FULL, text, **counts)
+        return None
 
     def on_engine(self, number: int, message: Message) -> bool:
         """Take an engine's reply, or its news of adapters; False if it is about a request."""

@@ -14,9 +14,10 @@ from serve.bundle import Bundle
 from serve.echo import open_echo
 from serve.engine import Engine
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
+from serve.inbox import Inbox
 from serve.lifeline import follow_parent
 from serve.load import Load
-from serve.protocol import MAX_MESSAGE_BYTES, NO_REQUEST, Code, Kind, Message, decode, error
+from serve.protocol import NO_REQUEST, Code, Kind, Message, error
 from serve.worker import Worker, first_line
 
 PROGRESS_SECONDS = 0.05
@@ -42,12 +43,11 @@ def build(load: Load, send: Callable[[Message], None]) -> Engine:
 
 def loop(worker: Worker, link: zmq.Socket[bytes]) -> NoReturn:
     """Serve for ever: sleep while there is nothing to do, never wait while somebody wants a token."""
+    inbox = Inbox(link, worker)
     while True:
-        while worker.is_idle and not link.poll(0) and worker.engine.reserve():
+        while worker.is_idle and inbox.is_empty and worker.engine.reserve():
             pass
-        while worker.is_idle or link.poll(0):
-            # What the daemon adds to a conversation at the very limit of the size is not held against it.
-            worker.receive(decode(link.recv_multipart(), 2 * MAX_MESSAGE_BYTES))
+        inbox.take()
         worker.turn()
 
 

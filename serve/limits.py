@@ -1,5 +1,6 @@
 """What a client may send at most, so that it can know before it sends: the `limits` of WELCOME."""
 
+from serve.administration import MAX_QUESTIONS
 from serve.protocol import (
     CREDIT_WINDOW,
     MAX_CONTROL_BYTES,
@@ -14,10 +15,11 @@ from serve.submission import MAX_DEADLINE_MS, MAX_STOP_CHARACTERS, MAX_STOPS, MA
 
 
 def limits(settings: Settings) -> dict[str, float]:
-    """By name, in requests, bytes, items, characters, milliseconds, tokens, DELTAs and seconds: see docs/protocol.md."""
+    """By name, in requests, questions, bytes, items, characters, milliseconds, tokens, DELTAs and seconds: see docs/protocol.md."""
     return {
         "queue": settings.queue,
         "share": settings.share,
+        "questions": MAX_QUESTIONS,
         "message_bytes": MAX_MESSAGE_BYTES,
         "control_bytes": MAX_CONTROL_BYTES,
         "list_items": MAX_LIST_ITEMS,

@@ -104,13 +104,9 @@ class SlotTable:
         self.reading.pop(slot, None)
         self._free.append(slot)
 
-    def withdraw(self, request_id: bytes) -> bool:
-        """Take a request out of the queue; False if it does not wait."""
-        for request in self.waiting:
-            if request.id == request_id:
-                self.waiting.remove(request)
-                return True
-        return False
+    def withdraw(self, request_id: bytes) -> None:
+        """Take a request out of the queue, if it is there."""
+        self.waiting = [request for request in self.waiting if request.id != request_id]
 
     def find(self, request_id: bytes) -> int | None:
         """The slot a request sits in, None if it has none."""

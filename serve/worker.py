@@ -101,14 +101,13 @@ class Worker:
             raise ProtocolError(Code.CONTEXT, f"{text}; {SHORTER}", request, **counts) from None
 
     def _cancel(self, message: Message) -> None:
-        slot = self.table.find(message.request)
+        """Answered whether or not the request is here: it may not have been read yet, or have ended just now."""
+        slot, tokens = self.table.find(message.request), 0
         if slot is not None:
             tokens = self.table.occupied[slot].generated
             self._free(slot)
-        elif self.table.withdraw(message.request):
-            tokens = 0
         else:
-            return
+            self.table.withdraw(message.request)
         self._send(error(message.request, Code.CANCELLED, "cancelled", tokens=tokens))
 
     def _tokenize(self, message: Message) -> None:

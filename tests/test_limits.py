@@ -1,6 +1,7 @@
 """What the daemon takes at most, of one message, of one connection and of all: told before, and refused beyond."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import zmq
 
 from serve import runtime
-from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, RETRY_MS
+from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, MAX_QUESTIONS, RETRY_MS
 from serve.arguments import parse
 from serve.client import connect
 from serve.clients import MAX_SESSIONS
@@ -20,7 +21,7 @@ from serve.engines import rss_bytes
 from serve.errors import UserError
 from serve.open_requests import Lane
 from serve.protocol import MAX_CONTROL_BYTES, Kind, Message, encode
-from tests.serve_fixtures import Box, RawClient, box, wait_until
+from tests.serve_fixtures import PATIENCE, Box, RawClient, box, wait_until
 
 __all__ = ["box"]
 TURN = {"role": "user", "content": "x"}
@@ -73,28 +74,48 @@ def test_a_submission_may_have_what_welcome_tells_and_no_more(box: Box) -> None:
 
 @pytest.mark.parametrize("size", [2**20, 10])
 def test_questions_that_wait_are_bounded_in_bytes(box: Box, size: int) -> None:
-    # No question is answered while a step lasts.
-    box.daemon(1.0)
-    with RawClient(box.record()) as client:
-        client.submit("x" * 9)
-        wait_until(lambda: client.status()["busy_slots"] == 1)
-        question = filled({}, size + 100)
-        each = max(size + 100, LEAST_QUESTION_BYTES)
-        ids = [os.urandom(16) for _ in range(MAX_QUESTION_BYTES // each + 1)]
-        for request in ids:
-            client.send("control", Message(Kind.TOKENIZE, request, question))
-        answers = {message.request: message for message in (client.receive("control") for _ in ids)}
-        refused = answers[ids[-1]]
-        assert [a.request for a in answers.values() if a.body.get("code") == "E_QUEUE_FULL"] == [ids[-1]]
-        assert refused.body["retryable"] and refused.body["detail"] == {
-            "waiting": (len(ids) - 1) * each,
-            "max": MAX_QUESTION_BYTES,
-            "retry_after_ms": RETRY_MS,
-        }
-        # Before the others, whose turn comes when the step is over.
-        assert next(iter(answers)) == ids[-1]
+    # No question is answered while a step lasts, and it lasts longer than a busy machine takes to ask them all.
+    box.daemon(4.0)
+    question = filled({}, size + 100)
+    each = max(size + 100, LEAST_QUESTION_BYTES)
+    number = MAX_QUESTION_BYTES // each
+    with contextlib.ExitStack() as stack:
+        askers = [stack.enter_context(RawClient(box.record())) for _ in range(-(-number // MAX_QUESTIONS))]
+        late = stack.enter_context(RawClient(box.record()))
+        late.submit("x")
+        wait_until(lambda: late.status()["busy_slots"] == 1)
+        for asked in range(number):
+            askers[asked // MAX_QUESTIONS].send("control", Message(Kind.TOKENIZE, os.urandom(16), question))
+        for asker in askers:
+            # The daemon has heard what was asked before.
+            asker.status()
+        refused = late.ask(Kind.TOKENIZE, **question)
+        assert (refused.body["code"], refused.body["retryable"]) == ("E_QUEUE_FULL", True)
+        counts = {"waiting": number * each, "max": MAX_QUESTION_BYTES, "retry_after_ms": RETRY_MS}
+        assert refused.body["detail"] == counts
+        # At once: the turn of the others comes when the step is over.
+        assert not any(asker.sockets["control"].poll(0) for asker in askers)
+        answers = [askers[asked // MAX_QUESTIONS].receive("control") for asked in range(number)]
+        assert all(answer.body.get("code") != "E_QUEUE_FULL" for answer in answers)
         # All of them were answered: there is room again.
-        assert client.ask(Kind.TOKENIZE, **question).body.get("code") != "E_QUEUE_FULL"
+        assert late.ask(Kind.TOKENIZE, **question).body.get("code") != "E_QUEUE_FULL"
+
+
+def test_questions_of_one_client_are_bounded_in_number(box: Box) -> None:
+    box.daemon(4.0)
+    with RawClient(box.record()) as client, RawClient(box.record()) as other:
+        most = int(client.limits["questions"])
+        assert most == MAX_QUESTIONS
+        client.submit("x")
+        wait_until(lambda: client.status()["busy_slots"] == 1)
+        for _ in range(most):
+            client.send("control", Message(Kind.TOKENIZE, os.urandom(16), {"messages": [TURN]}))
+        refused = client.ask(Kind.TOKENIZE, messages=[TURN])
+        assert refused.body["code"] == "E_QUEUE_FULL"
+        assert refused.body["detail"] == {"waiting": most, "max": most, "retry_after_ms": RETRY_MS}
+        assert other.ask(Kind.TOKENIZE, messages=[TURN]).body["tokens"] == 2
+        assert [client.receive("control").body["tokens"] for _ in range(most)] == [2] * most
+        assert client.ask(Kind.TOKENIZE, messages=[TURN]).body["tokens"] == 2
 
 
 def test_the_memory_of_large_messages_is_given_back(box: Box) -> None:
@@ -122,7 +143,7 @@ def test_what_a_connection_sends_is_taken_only_as_it_is_read(box: Box, lane: Lan
             dealer.set(zmq.SNDHWM, 1)
             dealer.connect(f"ipc://{Path(folder) / f'echo.{lane.value}'}")
             number = 0
-            while dealer.poll(500, zmq.POLLOUT):
+            while dealer.poll(2000, zmq.POLLOUT):
                 dealer.send_multipart(encode(Message(Kind.TOKENIZE, bytes(16), filled({}, 2**20))))
                 number += 1
         daemon._context.destroy(linger=0)
@@ -142,7 +163,7 @@ def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box)
             with context.socket(zmq.DEALER) as dealer:
                 dealer.connect(record.control)
                 dealer.send_multipart(encode(Message(Kind.HELLO, body={"proto": [1]})))
-                assert dealer.poll(5000)
+                assert dealer.poll(PATIENCE * 1e3)
         assert quiet.status()["state"] == "ready"
         assert quiet.collect(quiet.submit("x"))[1].kind is Kind.DONE
 

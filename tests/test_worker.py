@@ -1,12 +1,18 @@
 """Turns of an engine: how much of the prompts each reads, and what it says to the daemon at once."""
 
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import zmq
 
 from serve.bundle import Bundle, unpack
 from serve.echo import EchoEngine
 from serve.engine import Read
+from serve.inbox import TURN_SECONDS, Inbox
 from serve.pace import ALONE_CHUNKS, ALONE_SECONDS, FIRST, SECONDS, UNIT, Pace, num_read_together
-from serve.protocol import Kind, Message
+from serve.protocol import Kind, Message, encode
 from serve.worker import Worker
 
 
@@ -87,3 +93,99 @@ def test_what_a_step_says_to_all_is_one_message() -> None:
         steps = said[-len("hi!") :]
         assert [len({message.request for message in step}) for step in steps] == [16] * len("hi!")
         assert [{message.kind for message in step} for step in steps] == [{Kind.DELTA}] * 2 + [{Kind.DONE}]
+
+
+class Pensive(EchoEngine):
+    """Takes most of the time between two turns to read a conversation, and notes which it has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def prompt_ids(self, messages: list[dict[str, Any]], context: int | None = None) -> list[int]:
+        self.asked.append(messages[0]["content"])
+        time.sleep(0.75 * TURN_SECONDS)
+        return super().prompt_ids(messages, context)
+
+
+@contextlib.contextmanager
+def linked(engine: EchoEngine) -> Iterator[tuple["zmq.Socket[bytes]", Inbox, Worker]]:
+    """The daemon's end of a link, and what an engine process has at the other."""
+    with zmq.Context() as context, context.socket(zmq.PAIR) as daemon, context.socket(zmq.PAIR) as link:
+        daemon.bind("inproc://engine")
+        link.connect("inproc://engine")
+        bundle = Bundle(link)
+        worker = Worker(engine, bundle.add, bundle.send)
+        yield daemon, Inbox(link, worker), worker
+
+
+def tell(daemon: "zmq.Socket[bytes]", kind: Kind, number: int, text: str = "") -> None:
+    body = {"messages": [{"role": "user", "content": text}]} if text else {}
+    daemon.send_multipart(encode(Message(kind, bytes([number]) * 16, body)))
+
+
+def heard(daemon: "zmq.Socket[bytes]") -> list[tuple[Kind, int]]:
+    """What the engine has said since, as (kind, number of the request)."""
+    said = []
+    while daemon.poll(0):
+        said += [(message.kind, message.request[0]) for message in unpack(daemon.recv_multipart())]
+    return said
+
+
+def test_a_flood_of_questions_stops_no_answer_and_delays_no_cancel() -> None:
+    engine = Pensive()
+    with linked(engine) as (daemon, inbox, worker):
+        for number in (1, 2):
+            tell(daemon, Kind.SUBMIT, number, "x" * 100)
+            inbox.take()
+        while worker.table.waiting or worker.table.reading:
+            worker.turn()
+        heard(daemon)
+        for number in range(10, 30):
+            tell(daemon, Kind.TOKENIZE, number, "question")
+        tell(daemon, Kind.CANCEL, 1)
+        counts = []
+        while len(engine.asked) < 22:
+            inbox.take()
+            said = heard(daemon)
+            if not counts:
+                assert said.pop(0) == (Kind.ERROR, 1)
+            assert {kind for kind, _ in said} == {Kind.TOKENIZE}
+            counts.append(len(said))
+            worker.turn()
+            # The answer goes on as it would without any question.
+            assert heard(daemon) == [(Kind.DELTA, 2)]
+        # Two that take three quarters of the time each; where this machine pauses, one.
+        assert set(counts) <= {1, 2} and sum(counts) == 20
+
+
+def test_a_cancel_takes_back_what_was_not_read_yet() -> None:
+    engine = Pensive()
+    with linked(engine) as (daemon, inbox, worker):
+        for number, text in enumerate(("a", "b", "c", "d")):
+            tell(daemon, Kind.SUBMIT, number, text)
+        tell(daemon, Kind.CANCEL, 3)
+        inbox.take()
+        assert heard(daemon)[0] == (Kind.ERROR, 3)
+        # One that waits in the worker, or has a slot already, goes as well.
+        tell(daemon, Kind.CANCEL, 0)
+        while not (worker.is_idle and inbox.is_empty):
+            inbox.take()
+            worker.turn()
+        said = heard(daemon)
+        assert [number for kind, number in said if kind is Kind.ERROR] == [0]
+        assert [number for kind, number in said if kind is Kind.DONE] == [1, 2]
+        assert engine.asked == ["a", "b", "c"]
+        # Of a request that is not known: over it is.
+        tell(daemon, Kind.CANCEL, 9)
+        tell(daemon, Kind.SUBMIT, 9, "e")
+        inbox.take()
+        assert heard(daemon) == [(Kind.ERROR, 9), (Kind.ACCEPTED, 9)]
+
+
+def test_what_waits_is_taken_in_its_order() -> None:
+    with linked(EchoEngine()) as (daemon, inbox, _):
+        for number in range(5):
+            tell(daemon, (Kind.SUBMIT, Kind.TOKENIZE)[number % 2], number, "x")
+        inbox.take()
+        assert [number for _, number in heard(daemon)] == list(range(5))
