@@ -1,22 +1,27 @@
 """Every command at a real prompt: used well, used wrongly, and during an answer, with the exact words."""
 
+import ast
 import asyncio
+import inspect
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from types import SimpleNamespace
 
 import pytest
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
+from serve import errors
 from serve.chat import commands, keeping, screen
 from serve.chat.actions import ACTIONS
 from serve.chat.completion import Words
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.files import read_file
-from serve.chat.phrases import LANGUAGES, PHRASES, language, say
+from serve.chat.phrases import LANGUAGES, PHRASES, hint, language, say
 from serve.chat.sampling import NAMES, shown, words
 from serve.errors import UserError
 from tests.serve_fixtures import Box, Screen, box
@@ -193,17 +198,50 @@ def test_what_only_looks_like_a_command_is_a_question(line: str) -> None:
     assert commands.parse(line).prompt == line
 
 
+def fields(text: str) -> frozenset[str]:
+    return frozenset(name for _, name, _, _ in Formatter().parse(text) if name is not None)
+
+
+def calls() -> Iterator[ast.Call]:
+    """Every call in the source of the chat."""
+    for path in Path("serve/chat").glob("*.py"):
+        yield from (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+
+
+def called(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
 def test_both_languages_say_everything_with_the_same_values() -> None:
     for phrase, texts in PHRASES.items():
         assert len(texts) == len(LANGUAGES) and all(texts), phrase
-        assert len({frozenset(re.findall(r"{(\w+)}", text)) for text in texts}) == 1, phrase
+        assert len({fields(text) for text in texts}) == 1, phrase
     source = "".join(path.read_text() for path in Path("serve/chat").glob("*.py") if path.name != "phrases.py")
+    source += inspect.getsource(hint)
     unsaid = [
         phrase
         for phrase in PHRASES
         if not re.search(f"[\"']{re.escape(phrase)}[\"']", source) and phrase not in commands.KEYS
     ]
     assert not unsaid
+
+
+def test_every_phrase_is_said_with_its_values() -> None:
+    num_said = 0
+    for call in calls():
+        if called(call) in ("say", "tell") and isinstance(call.args[0], ast.Constant):
+            phrase, given = call.args[0].value, {keyword.arg for keyword in call.keywords}
+            assert given == fields(PHRASES[phrase][0]), phrase
+            num_said += 1
+    assert num_said > len(PHRASES) // 2
+
+
+def test_what_is_wrong_is_said_in_the_users_language() -> None:
+    faults = [call for call in calls() if called(call).endswith("Error") and called(call) in vars(errors)]
+    assert len(faults) > 30
+    # `say(...)`, what a daemon or the system said, or what is made of these elsewhere: never a text that stands here.
+    literal = [ast.unparse(call) for call in faults if not isinstance(call.args[0], ast.Call)]
+    assert not literal
 
 
 @pytest.mark.parametrize(
@@ -229,6 +267,74 @@ def test_one_is_not_several_in_either_language(monkeypatch: pytest.MonkeyPatch) 
         assert len({text.count("|") for text in texts}) == 1, phrase
         # A count of things has a form for one of them.
         assert "{number}" not in texts[0] or "|" in texts[0] or phrase in ("queued", "far_too_long"), phrase
+
+
+# As `TRANSCRIPT`, in the other language: what can be wrong.
+SPANISH = [
+    ("/hepl", ["/hepl: comando desconocido; ¿quisiste decir /help? Prueba /help. Con un espacio delante es una pregunta"]),
+    ("/undo", ["error: Aún no se ha preguntado nada; prueba con una pregunta."]),
+    ("/resume x", ["error: aún no hay conversaciones guardadas; prueba: make chat"]),
+    ("/export talk.jsonl", [
+        "error: ninguna respuesta llegó a su fin, así que no hay nada que aprender; prueba a preguntar primero",
+    ]),
+    ("/set temprature=1", [
+        "error: temprature=1: no es nombre=valor; ¿quisiste decir temperature? Prueba temperature=0.7",
+    ]),
+    ("/set x=1", [f"error: x=1: no es nombre=valor; elige entre: {', '.join(NAMES)} Prueba temperature=0.7"]),
+    # The rule is the daemon's, and comes in its words.
+    ("/set top_p=2", [
+        "error: top_p=2: top_p must be a number above 0, at most 1, not '2'; prueba top_p= para quitarlo",
+    ]),
+    ('/set stop="a b', ['error: falta cerrar unas comillas; prueba stop="a b"']),
+    ("/file pipe", ["error: pipe: no es un archivo normal; prueba la ruta de un archivo de texto"]),
+    ("/file latin", ["error: latin: no es UTF-8 (byte 0); prueba: iconv -t utf-8"]),
+    ("/file large", ["error: large: más de 1 MiB; prueba una parte: head -c 100000 large"]),
+    # The cause is the system's, in its words.
+    ("/file nothing", ["error: nothing: No such file or directory; prueba la ruta de un archivo de texto"]),
+    ("hola", ["hola"]),
+    ("/export nowhere/talk.md", ["error: nowhere/talk.md: No such file or directory; prueba otra ruta"]),
+    ("/save my/talk", [
+        "error: 'my/talk' no puede ser un nombre; prueba hasta 60 letras, cifras y - _ . con una letra al principio",
+    ]),
+    ("/save damaged", ["error: damaged ya existe; prueba otro nombre"]),
+    ("/load damaged", [
+        "error: {folder}/damaged.jsonl:2: dañado (not an event); "
+        "prueba: head -n 1 {folder}/damaged.jsonl > {folder}/damaged-cut.jsonl, y continúa damaged-cut",
+    ]),
+    ("/load newer", ["error: {folder}/newer.jsonl:1: format 2, de un Afinar más nuevo; prueba a actualizar este"]),
+    ("/resume other", ["error: {folder}/other.jsonl:1: no es el comienzo de una conversación; prueba otra"]),
+    ("/load xyz", ["error: no hay ninguna conversación xyz; elige entre: {names}"]),
+]  # fmt: skip
+
+
+def test_what_is_wrong_is_said_in_spanish(box: Box) -> None:
+    box.daemon()
+    os.mkfifo(box.work / "pipe")
+    (box.work / "latin").write_bytes(b"\xe9t\xe9")
+    (box.work / "large").write_bytes(b"x" * (2**20 + 1))
+    folder = box.folder / ".local/state/afinar/conversations"
+    with Screen(box, "chat", size=(300, 50), AFINAR_LANG="es") as screen:
+        screen.expect("\n>")
+        screen.settle()
+        wrong = []
+        for typed, wanted in SPANISH:
+            if typed == "/save damaged":
+                (begun,) = folder.glob("*.jsonl")
+                (folder / "other.jsonl").write_text("{}\n")
+                (folder / "newer.jsonl").write_text('{"kind": "conversation", "format": 2}\n')
+                (folder / "damaged.jsonl").write_text('{"kind": "conversation", "format": 1}\n3\n')
+                for age, name in enumerate((begun.stem, "damaged", "newer", "other")):
+                    os.utime(folder / f"{name}.jsonl", (2e9 - age, 2e9 - age))
+                names = f"{begun.stem}, damaged, newer, other"
+            before = len(screen.said)
+            screen.type(f"{typed}\r")
+            screen.settle(0.15)
+            rows = [f"> {typed}", *(row.replace("{folder}", str(folder)) for row in wanted)]
+            if "{names}" in rows[-1]:
+                rows[-1] = rows[-1].replace("{names}", names)
+            if screen.said[before:] != rows:
+                wrong.append((screen.said[before:], rows))
+        assert wrong == []
 
 
 def test_every_sampling_parameter_is_completed() -> None:

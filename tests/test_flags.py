@@ -73,6 +73,23 @@ def test_a_mistake_is_one_line(words: tuple[str, ...]) -> None:
     assert "\n" not in str(caught.value)
 
 
+SPANISH = {
+    ("--jsno",): "--jsno: desconocido; ¿quisiste decir --json? Prueba: python -m serve chat --help",
+    ("--file",): "--file: falta PATH detrás; prueba --file notes.txt",
+    ("--json=yes",): "--json=yes: no lleva valor; prueba --json",
+    ("--system", "\udce9"): '--system: no es UTF-8; prueba --system "Answer in one sentence."',
+    ("--set", "stop"): "stop: no es nombre=valor; ¿quisiste decir stop? Prueba temperature=0.7",
+}
+
+
+@pytest.mark.parametrize("words", SPANISH, ids=[ascii(words) for words in SPANISH])
+def test_a_mistake_is_told_in_the_users_language(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFINAR_LANG", "es")
+    with pytest.raises(UserError) as caught:
+        arguments.parse("chat", list(words))
+    assert str(caught.value) == SPANISH[words]
+
+
 def test_help_shows_every_flag_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["chat", "RUN=x", "--help"]) == 0
     text = capsys.readouterr().out

@@ -64,6 +64,18 @@ def test_exit_code_2_for_usage(box: Box, flags: tuple[str, ...]) -> None:
 
 
 @FORMS
+def test_what_is_wrong_is_told_in_the_users_language(box: Box, flags: tuple[str, ...]) -> None:
+    box.daemon()
+    for data, wanted in (
+        (b"", "no llegó nada por stdin; prueba: echo hola | make -s chat"),
+        (b"caf\xe9", "stdin no es UTF-8 (byte 3); prueba: iconv -t utf-8"),
+        (b"x" * (8 * 2**20 + 1), "llegaron más de 8 MiB por stdin; prueba un texto más corto"),
+    ):
+        piped = pipe(box, data, *flags, AFINAR_LANG="es", PYTHONUTF8="1")
+        assert check_ending(piped.stdout.decode(), piped.stderr.decode(), flags, 2)["message"] == wanted
+
+
+@FORMS
 def test_exit_code_3_without_a_daemon(box: Box, flags: tuple[str, ...]) -> None:
     done = box.run("chat", *flags, stdin="hi")
     assert done.returncode == 3

@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from serve.chat.phrases import say
-from serve.errors import nearest
+from serve.chat.phrases import hint, say
 
 KEYS = ("Ctrl-C", "Alt-Enter", "Ctrl-X Ctrl-E", "Up, Ctrl-R")
 # On a terminal that edits the line itself.
@@ -61,7 +60,7 @@ def parse(text: str) -> Line:
     if not re.fullmatch(r"/[A-Za-z]*", word) or not text.startswith("/"):
         return Line(prompt=text)
     if word not in COMMANDS:
-        return Line(problem=say("unknown", word=word, hint=nearest(word, COMMANDS)))
+        return Line(problem=say("unknown", word=word, hint=hint(word, COMMANDS)))
     rest, takes = text[len(word) :].strip(), COMMANDS[word]
     if rest and takes == NOTHING:
         return Line(problem=say("takes_nothing", name=word))

@@ -17,6 +17,7 @@ from pathlib import Path
 from serve.chat.conversation import Conversation
 from serve.chat.conversation_events import Answer, Begin, Event, User, to_line
 from serve.chat.conversation_read import FORMAT_LINE, SUFFIX, find, read
+from serve.chat.phrases import say
 from serve.errors import UserError
 
 # 60 letters of four bytes, and the suffix, are still a file name.
@@ -50,13 +51,13 @@ class ConversationFile:
         try:
             file = os.open(resumed.path, os.O_RDWR)
         except OSError as fault:
-            raise UserError(f"{resumed.path}: {fault.strerror}; try another conversation") from None
+            raise UserError(say("conversation_fault", path=resumed.path, fault=fault.strerror)) from None
         with contextlib.ExitStack() as unless_done:
             unless_done.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{resumed.name} is open in another terminal; try to leave it there first") from None
+                raise UserError(say("open_elsewhere", name=resumed.name)) from None
             with open(file, "rb", closefd=False) as whole:
                 resumed.conversation, resumed._end = read(resumed.path, whole.read())
             unless_done.pop_all()
@@ -92,12 +93,12 @@ class ConversationFile:
         name = name.removesuffix(SUFFIX)
         path = self._folder / f"{name}{SUFFIX}"
         if not NAME.fullmatch(name):
-            raise UserError(f"{name!r} cannot be a name; try up to 60 letters, digits and - _ . with a letter first")
+            raise UserError(say("no_name", name=name))
         if name != self.name:
             if self._file is not None:
                 self._rename(path)
             elif os.access(path, os.F_OK):
-                raise UserError(f"{name} is taken; try another name")
+                raise UserError(say("name_taken", name=name))
             self.name = name
         return self._write()
 
@@ -123,9 +124,9 @@ class ConversationFile:
                 self.path.replace(path)
                 unless_done.pop_all()
         except FileExistsError:
-            raise UserError(f"{path.stem} is taken; try another name") from None
+            raise UserError(say("name_taken", name=path.stem)) from None
         except OSError as fault:
-            raise UserError(f"{path}: {fault.strerror}; it is still {self.name}, try again") from None
+            raise UserError(say("not_renamed", path=path, fault=fault.strerror, name=self.name)) from None
         # It has its new name, if not for certain after a power cut.
         with contextlib.suppress(OSError):
             _sync_folder(self._folder)
@@ -146,9 +147,7 @@ class ConversationFile:
             if not self._end:
                 _sync_folder(self._folder)
         except OSError as fault:
-            return (
-                f"{self.path}: {fault.strerror}; the conversation goes on unsaved: make room, the next turn tries again"
-            )
+            return say("unsaved", path=self.path, fault=fault.strerror)
         self._end += written
         self._missing = b""
         self._has_news = False

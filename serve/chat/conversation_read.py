@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from serve.chat.conversation import Conversation, count_exchanges, replay
 from serve.chat.conversation_events import Adapter, Begin, Event, NewerError, User, from_line
-from serve.errors import UserError, nearest
+from serve.chat.phrases import hint, say
+from serve.errors import UserError
 
 FORMAT_LINE = b'{"kind": "conversation", "format": 1}\n'
 FORMAT = re.compile(rb'\{"kind": "conversation", "format": (\d+)\}')
@@ -41,12 +42,12 @@ def find(folder: Path, name: str) -> str:
     if len(found) == 1:
         return found[0]
     if not names:
-        raise UserError("no conversation is kept yet; try: make chat")
+        raise UserError(say("none_kept"))
     if found:
         shown = ", ".join(found[:MAX_CHOICES]) + (", …" if len(found) > MAX_CHOICES else "")
-        raise UserError(f"{name} is the beginning of {len(found)} conversations; choose from: {shown}")
+        raise UserError(say("several_begin", name=name, count=len(found), names=shown))
     close = difflib.get_close_matches(name, names, MAX_CHOICES, cutoff=0.5) or names[:MAX_CHOICES]
-    raise UserError(f"no conversation {name}; {nearest(name, close)}")
+    raise UserError(say("no_conversation", name=name, hint=hint(name, close)))
 
 
 def listing(folder: Path) -> Iterator[Entry]:
@@ -64,7 +65,7 @@ def read(path: Path, data: bytes) -> tuple[Conversation, int]:
         return Conversation(), 0
     first, *lines = data[:end].split(b"\n")[:-1] or [data]
     if not (match := FORMAT.fullmatch(first)):
-        raise UserError(f"{path}:1: not the beginning of a conversation; try another one")
+        raise UserError(say("no_beginning", path=path))
     number = 1
 
     def events() -> Iterator[Event]:
@@ -78,11 +79,11 @@ def read(path: Path, data: bytes) -> tuple[Conversation, int]:
             raise NewerError(f"format {match[1].decode()}")
         return replay(events()), end
     except NewerError as fault:
-        raise UserError(f"{path}:{number}: {fault}, from a newer Afinar; try to update this one") from None
+        raise UserError(say("newer", path=path, line=number, fault=fault)) from None
     except ValueError as fault:
         cut = path.with_name(f"{path.stem}-cut{SUFFIX}")
         keep = f"head -n {number - 1} {shlex.quote(str(path))} > {shlex.quote(str(cut))}"
-        raise UserError(f"{path}:{number}: damaged ({fault}); try: {keep}, and resume {cut.stem}") from None
+        raise UserError(say("damaged", path=path, line=number, fault=fault, keep=keep, name=cut.stem)) from None
 
 
 def _newest_first(folder: Path) -> list[Path]:

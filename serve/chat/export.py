@@ -4,6 +4,7 @@ import json
 import re
 
 from serve.chat.conversation import Conversation
+from serve.chat.phrases import say
 from serve.errors import UserError
 
 # One is held out to measure with, so that of one conversation nothing is learned.
@@ -41,7 +42,7 @@ def to_messages_line(conversation: Conversation) -> str:
             messages.append({"role": "assistant", "content": answer.text})
             num_left += 1
     if not num_left:
-        raise UserError("no answer that came to its end, so there is nothing to learn; try to ask first")
+        raise UserError(say("nothing_to_learn"))
     return _encodable(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
 
 

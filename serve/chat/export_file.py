@@ -74,4 +74,4 @@ def _is_conversation(row: bytes) -> bool:
 
 
 def _failed(path: Path, fault: OSError) -> UserError:
-    return UserError(f"{path}: {fault.strerror}; try another path")
+    return UserError(say("export_fault", path=path, fault=fault.strerror))

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.errors import UserError, nearest
+from serve.chat.phrases import hint, say
+from serve.errors import UserError
 
 COMMANDS = ("chat", "infer")
 HELP = "--help"
@@ -54,22 +55,22 @@ def split(words: Iterable[str]) -> Flags:
             continue
         flag, equals, value = word.partition("=")
         if flag not in FLAGS:
-            raise UserError(f"{flag}: unknown; {nearest(flag, FLAGS)} Try: python -m serve chat {HELP}")
+            raise UserError(say("unknown_flag", flag=flag, hint=hint(flag, FLAGS), help=HELP))
         takes = FLAGS[flag][0]
         if takes and not equals:
             # What looks like the next flag is one: the value was forgotten.
             if not left or left[0].startswith("--"):
-                raise UserError(f"{flag}: {takes} must follow; try {EXAMPLES[flag]}")
+                raise UserError(say("flag_needs", flag=flag, what=takes, example=EXAMPLES[flag]))
             value = left.pop(0)
         elif equals and not takes:
-            raise UserError(f"{word}: takes no value; try {flag}")
+            raise UserError(say("flag_takes_nothing", word=word, flag=flag))
         given[flag].append(value)
         if flag == "--adapter":
             others.append(f"ADAPTER={value}")
     for flag in ("--system", "--set"):
         for value in given[flag]:
             if not is_text(value):
-                raise UserError(f"{flag}: not UTF-8; try {EXAMPLES[flag]}")
+                raise UserError(say("flag_not_utf8", flag=flag, example=EXAMPLES[flag]))
     system = "".join(given["--system"][-1:])
     return Flags(tuple(others), system, _sampling(given["--set"]), tuple(given["--file"]), bool(given["--json"]))
 

@@ -34,7 +34,7 @@ async def load(talk: Talk, name: str) -> None:
     try:
         data = path.read_bytes()
     except OSError as fault:
-        raise UserError(f"{path}: {fault.strerror}; try another conversation") from None
+        raise UserError(say("conversation_fault", path=path, fault=fault.strerror)) from None
     there, _ = read(path, data)
     talk.file.close()
     talk.file = ConversationFile(folder)

@@ -1,7 +1,9 @@
 """What the terminal says, in English and in Spanish. What a daemon says comes as it is, in English."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from serve.errors import nearest
 
 LANGUAGES = ("en", "es")
 
@@ -110,6 +112,44 @@ PHRASES: dict[str, tuple[str, str]] = {
     "num_tokens": ("{number} token|{number} tokens", "{number} token|{number} tokens"),
     "also_here": ("also here", "también aquí"),
     "answer_full": ("the context is full; /reset begins again", "el contexto está lleno; /reset empieza de nuevo"),
+    # What is wrong with a conversation, a file, a value or a flag.
+    "none_kept": ("no conversation is kept yet; try: make chat", "aún no hay conversaciones guardadas; prueba: make chat"),
+    "several_begin": ("{name} is the beginning of {count} conversations; choose from: {names}", "{name} es el comienzo de {count} conversaciones; elige entre: {names}"),
+    "no_conversation": ("no conversation {name}; {hint}", "no hay ninguna conversación {name}; {hint}"),
+    "no_beginning": ("{path}:1: not the beginning of a conversation; try another one", "{path}:1: no es el comienzo de una conversación; prueba otra"),
+    "newer": ("{path}:{line}: {fault}, from a newer Afinar; try to update this one", "{path}:{line}: {fault}, de un Afinar más nuevo; prueba a actualizar este"),
+    "damaged": ("{path}:{line}: damaged ({fault}); try: {keep}, and resume {name}", "{path}:{line}: dañado ({fault}); prueba: {keep}, y continúa {name}"),
+    "conversation_fault": ("{path}: {fault}; try another conversation", "{path}: {fault}; prueba otra conversación"),
+    "open_elsewhere": ("{name} is open in another terminal; try to leave it there first", "{name} está abierta en otro terminal; prueba a salir allí primero"),
+    "no_name": ("{name!r} cannot be a name; try up to 60 letters, digits and - _ . with a letter first", "{name!r} no puede ser un nombre; prueba hasta 60 letras, cifras y - _ . con una letra al principio"),
+    "name_taken": ("{name} is taken; try another name", "{name} ya existe; prueba otro nombre"),
+    "not_renamed": ("{path}: {fault}; it is still {name}, try again", "{path}: {fault}; sigue siendo {name}, prueba otra vez"),
+    "unsaved": (
+        "{path}: {fault}; the conversation goes on unsaved: make room, the next turn tries again",
+        "{path}: {fault}; la conversación sigue sin guardarse: haz sitio, el próximo turno lo intenta otra vez",
+    ),
+    "nothing_to_learn": ("no answer that came to its end, so there is nothing to learn; try to ask first", "ninguna respuesta llegó a su fin, así que no hay nada que aprender; prueba a preguntar primero"),
+    "export_fault": ("{path}: {fault}; try another path", "{path}: {fault}; prueba otra ruta"),
+    "nul_in_path": ("{path}: no path has a NUL in it; try another one", "{path}: ninguna ruta contiene un NUL; prueba otra"),
+    "no_regular_text": ("{path}: not a regular file; try the path of a text file", "{path}: no es un archivo normal; prueba la ruta de un archivo de texto"),
+    "text_fault": ("{path}: {fault}; try the path of a text file", "{path}: {fault}; prueba la ruta de un archivo de texto"),
+    "text_too_large": ("{path}: larger than {most} MiB; try a part of it: head -c 100000 {path}", "{path}: más de {most} MiB; prueba una parte: head -c 100000 {path}"),
+    "text_not_utf8": ("{path}: not UTF-8 (byte {byte}); try: iconv -t utf-8", "{path}: no es UTF-8 (byte {byte}); prueba: iconv -t utf-8"),
+    "open_quote": ('a quote is not closed; try stop="a b"', 'falta cerrar unas comillas; prueba stop="a b"'),
+    "not_a_pair": ("{word}: not name=value; {hint} Try temperature=0.7", "{word}: no es nombre=valor; {hint} Prueba temperature=0.7"),
+    "bad_value": ("{word}: {fault}; try {name}= to leave it out", "{word}: {fault}; prueba {name}= para quitarlo"),
+    "unknown_flag": ("{flag}: unknown; {hint} Try: python -m serve chat {help}", "{flag}: desconocido; {hint} Prueba: python -m serve chat {help}"),
+    "flag_needs": ("{flag}: {what} must follow; try {example}", "{flag}: falta {what} detrás; prueba {example}"),
+    "flag_takes_nothing": ("{word}: takes no value; try {flag}", "{word}: no lleva valor; prueba {flag}"),
+    "flag_not_utf8": ("{flag}: not UTF-8; try {example}", "{flag}: no es UTF-8; prueba {example}"),
+    "did_you_mean": ("did you mean", "¿quisiste decir"),
+    "choose_from": ("choose from", "elige entre"),
+    # What is wrong with a pipe.
+    "stdout_closed": ("stdout is closed, nobody would see the answer; try: ... > answer.txt", "stdout está cerrado, nadie vería la respuesta; prueba: ... > answer.txt"),
+    "stdin_too_large": ("more than {most} MiB came on stdin; try a shorter text", "llegaron más de {most} MiB por stdin; prueba un texto más corto"),
+    "stdin_not_utf8": ("stdin is not UTF-8 (byte {byte}); try: iconv -t utf-8", "stdin no es UTF-8 (byte {byte}); prueba: iconv -t utf-8"),
+    "stdin_empty": ("nothing came on stdin; try: echo hello | make -s chat", "no llegó nada por stdin; prueba: echo hola | make -s chat"),
+    "answer_unwritten": ("the answer cannot be written: {fault}; try another file or disk", "no se puede escribir la respuesta: {fault}; prueba otro archivo o disco"),
     # The daemon comes and goes.
     "looking": ("Looking for a daemon; Ctrl-C stops looking. To start one: make serve", "Buscando un demonio; Ctrl-C deja de buscar. Para arrancar uno: make serve"),
     "ending": ("ending the daemon", "parando el demonio"),
@@ -139,6 +179,15 @@ def language(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def say(phrase: str, **values: object) -> str:
-    """A phrase in the user's language; where it has two forms, the one for `number`."""
-    one, *more = PHRASES[phrase][LANGUAGES.index(language())].split("|")
-    return (one if not more or values["number"] == 1 else more[0]).format(**values)
+    """A phrase in the user's language; where it is about a `number` and has two forms, the one for it."""
+    text = PHRASES[phrase][LANGUAGES.index(language())]
+    if "number" in values:
+        one, *more = text.split("|")
+        text = more[0] if more and values["number"] != 1 else one
+    return text.format(**values)
+
+
+def hint(name: str, valid: Iterable[str]) -> str:
+    """`serve.errors.nearest`, in the user's language."""
+    english = nearest(name, valid)
+    return english.replace("did you mean", say("did_you_mean"), 1).replace("choose from", say("choose_from"), 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from serve.arguments import Arguments
 from serve.chat.outputs import JsonLines, Output, PlainText, abandon_stdout, error_line, write
+from serve.chat.phrases import say
 from serve.chat.sampling import options_of
 from serve.client import Client
 from serve.errors import EXIT_CANCELLED, EXIT_DONE, ServeError, UserError
@@ -24,18 +25,18 @@ def read_question(attached: list[str]) -> str:
     With files, nobody needs to type: neither a terminal nor an empty stdin is waited for.
     """
     if sys.stdout is None:
-        raise UserError("stdout is closed, nobody would see the answer; try: ... > answer.txt")
+        raise UserError(say("stdout_closed"))
     data = b""
     if sys.stdin is not None and not (attached and sys.stdin.isatty()):
         data = sys.stdin.buffer.read(MAX_MESSAGE_BYTES + 1)
     if len(data) > MAX_MESSAGE_BYTES:
-        raise UserError(f"more than {MAX_MESSAGE_BYTES // 2**20} MiB came on stdin; try a shorter text")
+        raise UserError(say("stdin_too_large", most=MAX_MESSAGE_BYTES // 2**20))
     try:
         text = data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as fault:
-        raise UserError(f"stdin is not UTF-8 (byte {fault.start}); try: iconv -t utf-8") from None
+        raise UserError(say("stdin_not_utf8", byte=fault.start)) from None
     if not text.strip() and not attached:
-        raise UserError("nothing came on stdin; try: echo hello | make -s chat")
+        raise UserError(say("stdin_empty"))
     return "\n\n".join([*attached, *([text] if text.strip() else [])])
 
 
@@ -62,7 +63,7 @@ async def answer(client: Client, question: str, arguments: Arguments) -> int:
         return EXIT_CANCELLED
     except OSError as fault:
         abandon_stdout()
-        raise ServeError(f"the answer cannot be written: {fault.strerror}; try another file or disk") from None
+        raise ServeError(say("answer_unwritten", fault=fault.strerror)) from None
     return EXIT_DONE
 
 

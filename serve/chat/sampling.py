@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve import submission
+from serve.chat.phrases import hint, say
 from serve.engine import Sampling
-from serve.errors import UserError, nearest
+from serve.errors import UserError
 from serve.protocol import NO_REQUEST, ProtocolError
 
 SAMPLED = tuple(field.name for field in dataclasses.fields(Sampling))
@@ -22,7 +23,7 @@ def words(text: str) -> list[str]:
     try:
         return list(parts)
     except ValueError:
-        raise UserError('a quote is not closed; try stop="a b"') from None
+        raise UserError(say("open_quote")) from None
 
 
 def shown(params: Mapping[str, Any]) -> str:
@@ -38,14 +39,14 @@ def change(params: Mapping[str, Any], word: str) -> dict[str, Any]:
     """
     name, equals, text = word.partition("=")
     if name not in NAMES or not equals:
-        raise UserError(f"{word}: not name=value; {nearest(name, NAMES)} Try temperature=0.7")
+        raise UserError(say("not_a_pair", word=word, hint=hint(name, NAMES)))
     changed = {key: value for key, value in params.items() if key != name or (name == "stop" and text)}
     if text:
         changed[name] = [*changed.get("stop", []), text] if name == "stop" else _number(text)
     try:
         submission.parse({"messages": [{"role": "user", "content": ""}], **changed}, NO_REQUEST)
     except ProtocolError as fault:
-        raise UserError(f"{word}: {fault}; try {name}= to leave it out") from None
+        raise UserError(say("bad_value", word=word, fault=fault, name=name)) from None
     return changed
 
 
