@@ -27,11 +27,18 @@ def check_adapter(fleet: Fleet, runs: dict[str, str], asked: Submission, request
         raise ProtocolError(Code.NO_ADAPTER, str(fault), request, adapters=names) from None
 
 
-def check_queue(answers: Answers, settings: Settings, figures: Figures, session: Session, request: bytes) -> None:
-    """Raise `ProtocolError` if too many requests wait, of all clients or of this one."""
-    waiting = answers.waiting
-    own = [r for r in waiting if r.session is session]
-    for have, most, whose in ((len(waiting), settings.queue, ""), (len(own), settings.share, " of yours")):
+def check_queue(
+    answers: Answers, fleet: Fleet, settings: Settings, figures: Figures, session: Session, request: bytes
+) -> None:
+    """Raise `ProtocolError` if too many requests wait, of all clients or of this one.
+
+    So does, at the engine, one that was cancelled and that the engine may not have read yet; and of this client, an ending
+    that it does not read.
+    """
+    waiting, leaving = answers.waiting, fleet.leaving
+    unread = [r for r in answers.open.values() if r.terminal is not None]
+    own = sum(r.session is session for r in (*waiting, *unread)) + leaving.count(session.number)
+    for have, most, whose in ((len(waiting) + len(leaving), settings.queue, ""), (own, settings.share, " of yours")):
         if have >= most:
             after = figures.retry_after_ms(have)
             text = f"{have} requests{whose} wait already; try again in {after / 1e3:.1f} s"

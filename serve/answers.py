@@ -135,6 +135,8 @@ class Answers:
             return
         if request.engine is not None:
             self._forward(request.engine, Message(Kind.CANCEL, request.id))
+            if not request.is_in_slot:
+                self._fleet.engines[request.engine].leaving[request.id] = request.session.number
         if code is Code.CANCELLED:
             request.pending, request.ids = "", []
         self._close(request, error(request.id, code, text, **detail), code)
@@ -150,12 +152,12 @@ class Answers:
         self._log("request over", id=request.id.hex(), how=how, tokens=request.tokens, **terminal.body.get("usage", {}))
         if terminal.kind is Kind.DONE and request.engine is not None and len(self._fleet.engines) > 1:
             self._fleet.remember(request.whole(), request.text, request.engine)
+        # Its answer may be asked for again; the conversation, megabytes perhaps, may go.
+        request.asked, request.packed = replace(request.asked, messages=[]), b""
         self.deliver(request)
 
     def _retire(self, request: OpenRequest) -> None:
         del self.open[request.id]
-        # Its answer may be asked for again; the conversation, megabytes perhaps, may go.
-        request.asked, request.packed = replace(request.asked, messages=[]), b""
         self._remembered.add(request)
 
     def _give_up(self, request: OpenRequest) -> None:

@@ -150,7 +150,7 @@ class Broker:
         if self.state == "draining":
             raise ProtocolError(Code.DRAINING, "the daemon is stopping; try: make chat", message.request)
         check_adapter(self.fleet, self.administration.runs, asked, message.request)
-        check_queue(self._answers, self._settings, self.figures, session, message.request)
+        check_queue(self._answers, self.fleet, self._settings, self.figures, session, message.request)
         request = self._answers.open[message.request] = OpenRequest(message.request, sender, session, asked)
         if message.request in session.cancelled:
             self._answers.end(request, Code.CANCELLED, "cancelled", tokens=0)

@@ -59,6 +59,7 @@ class Dispatch:
                 self.place(request)
         engine.open.clear()
         engine.in_slots.clear()
+        engine.leaving.clear()
         self._administration.engine_died(number, why)
 
     def on_engine(self, number: int, message: Message) -> None:
@@ -77,6 +78,7 @@ class Dispatch:
             if message.kind in (Kind.DONE, Kind.ERROR):
                 engine.open.discard(message.request)
                 engine.in_slots.discard(message.request)
+                engine.leaving.pop(message.request, None)
             elif message.kind is Kind.PROGRESS:
                 engine.in_slots.add(message.request)
             self._answers.on_engine(message)

@@ -16,13 +16,18 @@ MAX_CONVERSATIONS = 4096
 
 @dataclass
 class EngineState:
-    """One engine process as the daemon sees it. `open` are the requests it has, `state` loading, ready or down."""
+    """One engine process as the daemon sees it. `open` are the requests it has, `state` loading, ready or down.
+
+    `leaving` are those of them that ended here while they waited there, with the number of their client: it may not even
+    have read them yet.
+    """
 
     state: str = "loading"
     info: dict[str, Any] = field(default_factory=dict)
     pid: int = 0
     open: set[bytes] = field(default_factory=set)
     in_slots: set[bytes] = field(default_factory=set)
+    leaving: dict[bytes, int] = field(default_factory=dict)
     last_heard: float = field(default_factory=time.monotonic)
 
     @property
@@ -47,6 +52,11 @@ class Fleet:
     def first(self) -> EngineState:
         """One that can answer, for what all of them have in common; an empty one as long as there is none."""
         return next(iter(self.ready.values()), EngineState())
+
+    @property
+    def leaving(self) -> list[int]:
+        """Whose requests ended here and still wait in an engine, one number a request."""
+        return [client for engine in self.engines.values() for client in engine.leaving.values()]
 
     def choose(self, asked: Submission) -> int | None:
         """The engine for a request: its conversation's, unless another one has slots and this one has a queue."""

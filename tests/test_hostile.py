@@ -14,6 +14,7 @@ from serve.arguments import parse
 from serve.broker import Broker
 from serve.daemon import Daemon
 from serve.dispatch import Dispatch
+from serve.engines import rss_bytes
 from serve.open_requests import OpenRequest
 from serve.protocol import (
     MAGIC,
@@ -29,10 +30,13 @@ from serve.protocol import (
     decode,
     encode,
 )
-from tests.serve_fixtures import Box, RawClient, box, text_of
+from tests.serve_fixtures import Box, RawClient, box, text_of, wait_until
 
 __all__ = ["box"]
 ID = bytes(range(16))
+# More than both sockets and the kernel between them hold.
+MANY = 5000
+SHARE = 8
 TURNS = [{"role": "user", "content": "x"}]
 
 
@@ -146,3 +150,46 @@ def test_a_mistake_of_ours_ends_only_the_request_that_led_to_it(box: Box, monkey
     events = box.events()
     assert [e["what"] for e in events if e["event"] == "mistake"] == ["RecursionError", "KeyError"]
     assert "secret" not in str(events)
+
+
+def test_who_reads_no_endings_costs_no_memory_and_has_a_share(box: Box) -> None:
+    daemon = box.daemon(0.0, f"serve.share={SHARE}")
+    with RawClient(box.record()) as deaf, RawClient(box.record()) as other:
+        for _ in range(MANY):
+            deaf.submit("x", temperature=-1)
+        requests = [deaf.submit("y" * 4 * 2**20) for _ in range(SHARE)]
+        wait_until(lambda: deaf.status()["requests"].get("E_CONTEXT") == SHARE)
+        before = rss_bytes(daemon.pid)
+        requests += [deaf.submit("y" * 4 * 2**20) for _ in range(SHARE)]
+        # The same connection for another client, which has a share of its own: what came before has been heard.
+        deaf.submit("fine", session=other.session)
+        wait_until(lambda: other.status()["requests"].get("stop") == 1)
+        ends: dict[bytes, list[str]] = {request: [] for request in requests}
+        while not all(ends.values()):
+            message = deaf.receive("data")
+            if message.request in ends:
+                ends[message.request].append(message.body["code"])
+        assert [ends[request] for request in requests] == [["E_CONTEXT"]] * SHARE + [["E_QUEUE_FULL"]] * SHARE
+        assert rss_bytes(daemon.pid) - before < 2**20 * SHARE
+        # All were read: there is room again.
+        assert text_of(deaf.collect(deaf.submit("fine"))[0]) == "fine"
+
+
+def test_what_ended_before_the_engine_read_it_has_a_share(box: Box) -> None:
+    # The engine reads nothing while a step lasts, and it lasts longer than a busy machine takes for all this.
+    box.daemon(6.0, f"serve.share={SHARE}", f"serve.queue={SHARE + 2}")
+    with RawClient(box.record()) as client, RawClient(box.record()) as other:
+        running = other.submit("x")
+        wait_until(lambda: other.status()["busy_slots"] == 1)
+
+        def give_up(by: RawClient) -> str:
+            return str(by.collect(by.submit("y" * 2**20, deadline_ms=1))[1].body["code"])
+
+        assert [give_up(client) for _ in range(SHARE + 2)] == ["E_DEADLINE"] * SHARE + ["E_QUEUE_FULL"] * 2
+        # All clients together have the queue.
+        assert [give_up(other) for _ in range(3)] == ["E_DEADLINE", "E_DEADLINE", "E_QUEUE_FULL"]
+        assert other.status()["waiting"] == 0
+        assert other.collect(running)[1].kind is Kind.DONE
+        # The engine has read, and forgotten, them all.
+        wait_until(lambda: give_up(client) != "E_QUEUE_FULL")
+        assert "E_QUEUE_FULL" not in [give_up(client) for _ in range(SHARE)]
