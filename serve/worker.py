@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve import submission
-from serve.engine import AdapterError, AdapterInfo, Engine, TooLongError, resolve
+from serve.engine import AdapterError, AdapterInfo, Engine, Sampling, TooLongError, resolve
 from serve.pace import Pace, num_read_together
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, error
 from serve.slots import Request, SlotTable
@@ -139,6 +139,7 @@ class Worker:
             request.reused = self.engine.start(slot, request.ids, request.asked.sampling, request.adapter.key)
         except Exception as fault:
             self._fail([slot], fault, is_started=False)
+            self._require_device(slot, request, fault)
             return
         self.table.reading[slot] -= request.reused
         self._tell_read(request, request.reused, len(request.ids))
@@ -152,7 +153,9 @@ class Worker:
             reads = self.engine.prefill(slots, chunk)
         except Exception as fault:
             # These prompts were too much for the engine; the other slots are untouched.
+            request = self.table.occupied[slots[0]]
             self._fail(slots, fault)
+            self._require_device(slots[0], request, fault)
             return
         self._pace.took(
             sum(left[: len(slots)]) - sum(read.total - read.done for read in reads), time.monotonic() - begun
@@ -208,6 +211,17 @@ class Worker:
             else:
                 self.table.release(slot)
             self._send(error(request.id, engine_code(fault), first_line(fault)))
+
+    def _require_device(self, slot: int, request: Request, fault: Exception) -> None:
+        """Raise `fault` if not even one token can be read in this free slot: then the device, not the request, is broken."""
+        if engine_code(fault) is Code.OOM:
+            return
+        try:
+            self.engine.start(slot, request.ids[:1], Sampling(), self.engine.info.adapters[-1].key)
+            self.engine.prefill([slot])
+            self.engine.free(slot)
+        except Exception:
+            raise fault from None
 
     def _free(self, slot: int) -> None:
         self.engine.free(slot)

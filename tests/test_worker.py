@@ -2,14 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import zmq
 
 from serve.bundle import Bundle, unpack
 from serve.echo import EchoEngine
-from serve.engine import Read
+from serve.engine import Read, Sampling
 from serve.inbox import TURN_SECONDS, Inbox
 from serve.pace import ALONE_CHUNKS, ALONE_SECONDS, FIRST, SECONDS, UNIT, Pace, num_read_together
 from serve.protocol import Kind, Message, encode
@@ -189,3 +190,51 @@ def test_what_waits_is_taken_in_its_order() -> None:
             tell(daemon, (Kind.SUBMIT, Kind.TOKENIZE)[number % 2], number, "x")
         inbox.take()
         assert [number for _, number in heard(daemon)] == list(range(5))
+
+
+class Broken(EchoEngine):
+    """Fails at all that `fails` says."""
+
+    def __init__(self, fails: Callable[[str, int], bool], fault: Exception) -> None:
+        super().__init__()
+        self._fails, self._fault = fails, fault
+
+    def _try(self, what: str, length: int) -> None:
+        if self._fails(what, length):
+            raise self._fault
+
+    def start(self, slot: int, ids: list[int], sampling: Sampling, adapter: str) -> int:
+        self._try("start", len(ids))
+        return super().start(slot, ids, sampling, adapter)
+
+    def prefill(self, slots: list[int], chunk: int = 0) -> list[Read]:
+        self._try("prefill", max(self._read[slot][1] for slot in slots))
+        return super().prefill(slots, chunk)
+
+
+@pytest.mark.parametrize("what", ["start", "prefill"])
+def test_a_device_that_reads_no_prompt_at_all_is_noticed(what: str) -> None:
+    sent: list[Message] = []
+    worker = Worker(Broken(lambda at, _: at == what, RuntimeError("device-side assert")), sent.append)
+    submit(worker, 1, "hello")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        worker.turn()
+    assert sent[-1].body["code"] == "E_ENGINE"
+
+
+@pytest.mark.parametrize("what", ["start", "prefill"])
+@pytest.mark.parametrize(("least", "fault"), [(5, RuntimeError("a hard prompt")), (0, MemoryError())])
+def test_prompts_that_cannot_be_read_end_only_themselves(what: str, least: int, fault: Exception) -> None:
+    sent: list[Message] = []
+    engine = Broken(lambda at, length: at == what and length >= least, fault)
+    worker = Worker(engine, sent.append)
+    for number in range(10):
+        submit(worker, number, "hard to read")
+        worker.turn()
+        assert sent[-1].body["code"] == ("E_OOM" if least == 0 else "E_ENGINE") and worker.is_idle
+    # Whatever it was, it has left nothing behind.
+    engine._fails = lambda *_: False
+    submit(worker, 10, "hello")
+    while not worker.is_idle:
+        worker.turn()
+    assert sent[-1].kind is Kind.DONE and not engine._answers
