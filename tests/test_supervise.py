@@ -1,11 +1,14 @@
 """Several real processes, and what goes wrong with one of them: who failed, why, and what becomes of the run."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,7 +18,10 @@ from launcher.report import read_metrics
 from launcher.variables import ROOT
 from tests.planted import planted
 from tests.running import run_python
+from tests.serve_fixtures import wait_until
 
+# Seconds until a run that was ended has left: no speed is measured, and a busy machine takes its time.
+PATIENCE = 240
 # Rank 1 measures one part of the held-out examples before its first step, then one micro-batch a step.
 SIX_STEPS = 7
 SMALL = [
@@ -45,8 +51,29 @@ def wait_for_steps(process, run, count):
 
 def workers(process):
     """The training processes by rank."""
-    found = psutil.Process(process.pid).children(recursive=True)
-    return {int(p.environ()["RANK"]): p for p in found if "RANK" in p.environ()}
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        # What a worker starts comes behind it, has its rank, and may end while we look.
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+            found.setdefault(int(child.environ()["RANK"]), child)
+    return found
+
+
+def is_alive(worker):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def suspend(worker):
+    worker.suspend()
+    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED)
+
+
+def is_pending(worker, number):
+    """Whether that signal waits until the process goes on."""
+    pending = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{worker.pid}/status").read_text())[1]
+    return bool(int(pending, 16) & 1 << number - 1)
 
 
 @pytest.mark.slow
@@ -71,7 +98,7 @@ def test_a_process_that_is_killed_is_named(tiny_llama, tmp_path):
     process = start(tiny_llama, run)
     wait_for_steps(process, run, 3)
     workers(process)[1].kill()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "rank 1 on " in err.splitlines()[0]
     assert "SIGKILL" in err.splitlines()[0]
@@ -84,12 +111,12 @@ def test_the_watchdog_names_the_process_that_stopped_answering(tiny_llama, tmp_p
     process = start(tiny_llama, run, "parallel.timeout_s=12")
     wait_for_steps(process, run, 3)
     left = workers(process)
-    left[1].suspend()
-    _, err = process.communicate(timeout=90)
+    suspend(left[1])
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     assert "rank 1 on " in err.splitlines()[0]
     assert "stopped answering for 12 s" in err.splitlines()[0]
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in left.values())
+    assert not any(map(is_alive, left.values()))
 
 
 @pytest.mark.slow
@@ -99,7 +126,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(tiny_llama, tmp_pat
     process = start(tiny_llama, run, f"STRATEGY={strategy}")
     wait_for_steps(process, run, 5)
     workers(process)[1].send_signal(signal.SIGUSR1)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, err
     assert "run the same command again" in out
     assert json.loads((run / "run.json").read_text())["state"] == "stopped"
@@ -112,12 +139,14 @@ def test_a_signal_to_the_front_door_reaches_all_and_a_second_one_ends_at_once(ti
     process = start(tiny_llama, run)
     wait_for_steps(process, run, 2)
     left = workers(process)
-    left[1].suspend()  # so that the first signal cannot be agreed on
+    suspend(left[1])  # so that the first signal cannot be agreed on
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    wait_until(lambda: is_pending(left[1], signal.SIGINT))
     process.send_signal(signal.SIGINT)
+    # Going on before, it would agree with the other one on the first signal after all.
+    wait_until(lambda: not is_alive(left[0]))
     left[1].resume()
-    process.communicate(timeout=40)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGINT
     assert checkpoint.newest(run)[0] is None or checkpoint.newest(run)[0].step % 4 == 0
 
@@ -129,8 +158,7 @@ def test_when_the_front_door_is_killed_its_processes_save_and_leave(tiny_llama, 
     wait_for_steps(process, run, 2)
     left = list(workers(process).values())
     process.kill()
-    psutil.wait_procs(left, timeout=40)
-    assert not any(worker.is_running() for worker in left)
+    wait_until(lambda: not any(map(is_alive, left)), PATIENCE)
     assert json.loads((run / "run.json").read_text())["state"] == "stopped"
 
 
