@@ -2,7 +2,6 @@
 
 import random
 import sys
-import time
 import unicodedata
 from collections import defaultdict
 from typing import Any
@@ -11,8 +10,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from serve import held
 from serve.engine import TooLongError
-from serve.held import Held
 from serve.token_bytes import NFC_BYTES, TokenBytes, measure
 from tests.conftest import tiny_tokenizer
 
@@ -120,14 +119,20 @@ def test_composing_shortens_no_more_than_it_is_thought_to() -> None:
     assert 3 < worst <= NFC_BYTES
 
 
-def test_what_cannot_fit_is_refused_long_before_it_is_counted(smollm2: Any) -> None:
-    held = Held(None, PreTrainedTokenizerFast.from_pretrained(smollm2), "smollm2", "merged", "fp32")
+def test_what_cannot_fit_is_refused_long_before_it_is_counted(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(smollm2)
+    ours = held.Held(None, tokenizer, "smollm2", "merged", "fp32")
     text = [{"role": "user", "content": "palabra " * 2**19}]
     turns = [{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(9_999)]
-    for messages, seconds in ((text, 1.0), (turns, 10.0)):
-        begun = time.monotonic()
+    read, rendered = [], []
+    tokenize, render = held.tokenize, tokenizer.apply_chat_template
+    monkeypatch.setattr(held, "tokenize", lambda words, text: read.append(len(text)) or tokenize(words, text))
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda turns, **how: rendered.append(len(turns)) or render(turns, **how)
+    )
+    for messages in (text, turns):
         with pytest.raises(TooLongError):
-            held.prompt_ids(messages, 2048)
-        # Counted, it takes several seconds, or minutes.
-        assert time.monotonic() - begun < seconds
-    assert held.prompt_ids(turns[:9], 2048) == held.prompt_ids(turns[:9])
+            ours.prompt_ids(messages, 2048)
+    # Of four million characters, and of turns that are rendered with all before them, fifty million in all.
+    assert sum(read) < 50_000 and sum(rendered) < 500_000
+    assert ours.prompt_ids(turns[:9], 2048) == ours.prompt_ids(turns[:9])
