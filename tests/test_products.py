@@ -21,6 +21,9 @@ def test_few_rows_in_another_order_are_the_same_product(num_rows, has_bias):
         assert torch.allclose(ours(x), layer(x), atol=1e-6) and ours(x).is_contiguous()
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor cannot: no AVX-512 (docs/benchmarks.md)"
+)
 @pytest.mark.parametrize("num_rows", [1, 3, 130])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_packed_weight_is_the_same_weight(num_rows, has_bias):
