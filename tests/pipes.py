@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve_fixtures import Box
+from tests.serve_fixtures import PATIENCE, Box
 
 FORMS = pytest.mark.parametrize("flags", [(), ("--json",)], ids=["plain", "json"])
 PYTHON = f"{sys.executable} -m serve"
@@ -21,7 +21,7 @@ def pipe(box: Box, data: bytes, *words: str, **extra: str) -> subprocess.Complet
         env=box.environment(**extra),
         input=data,
         capture_output=True,
-        timeout=30,
+        timeout=PATIENCE,
     )
 
 
@@ -32,7 +32,7 @@ def objects(text: str) -> list[dict[str, Any]]:
 def in_shell(box: Box, words: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", f"{PYTHON} {words}"]
     return subprocess.run(
-        command, cwd=box.work, env=box.environment(), input="hi", capture_output=True, text=True, timeout=20
+        command, cwd=box.work, env=box.environment(), input="hi", capture_output=True, text=True, timeout=PATIENCE
     )
 
 

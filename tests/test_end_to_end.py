@@ -10,7 +10,7 @@ from launcher import cafe, models
 from launcher.weights import cache_dir
 from serve.client import Delta, connect
 from tests.running import run_python
-from tests.serve_fixtures import box  # noqa: F401
+from tests.serve_fixtures import PATIENCE, box  # noqa: F401
 from tests.slot_answers import engine
 
 NUM_PROMPTS = 20
@@ -23,7 +23,7 @@ def run(smollm2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "short"
     done = run_python(
         "-m", "launcher", "train", f"RUN={folder}", "optim.max_steps=8", "data.limit=64",
-        "batch.size=8", "eval.examples=4", "eval.answers=2", timeout=500,
+        "batch.size=8", "eval.examples=4", "eval.answers=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
@@ -101,6 +101,6 @@ def test_infer_answers_and_leaves_nothing_behind(run, box):  # noqa: F811
     # So short a training teaches to write JSON, not yet to stop.
     assert infer.stdout.read(8)
     infer.send_signal(signal.SIGINT)
-    assert infer.wait(30) == 5
+    assert infer.wait(PATIENCE) == 5
     assert "\x1b" not in infer.stdout.read()
     assert box.left() == set()

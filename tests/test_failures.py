@@ -121,7 +121,7 @@ EXHAUSTED = (
 
 def alone(model, run, *args, env=None):
     # A launcher's rank, so that the fault is planted in it.
-    return run_python("-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", *SMALL, *args, env=env, timeout=200)
+    return run_python("-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", *SMALL, *args, env=env)
 
 
 @pytest.mark.slow

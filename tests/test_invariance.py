@@ -30,7 +30,7 @@ def train(model, run, *args):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_twenty_steps_are_the_same_however_they_are_shared_out(tiny_llama, tmp_path):
     losses = {}
     for world, accumulation, packing in itertools.product((1, 2), (1, 2, 4), ("on", "off")):

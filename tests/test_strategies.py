@@ -25,7 +25,7 @@ def command(model, run, *args):
 
 def trained(model, run, *args, env=None):
     """(losses, what run.json says of the training) of a run that finished."""
-    done = run_python(*command(model, run, *args), env=env, timeout=400)
+    done = run_python(*command(model, run, *args), env=env)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     return losses(run), json.loads((run / "run.json").read_text())["training"]
@@ -40,7 +40,7 @@ def stopped(model, run, *args):
     before = len(losses(run)) if run.exists() else 0
     told = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
     env = planted(run.parent / "fault", told, rank=1 if "NGPU=2" in args else None, at=STEPS // 3)
-    done = run_python(*command(model, run, *args), env=env, timeout=400)
+    done = run_python(*command(model, run, *args), env=env)
     assert done.returncode == 75, done.stderr
     assert before < len(losses(run)) < STEPS
 
@@ -60,7 +60,7 @@ def alone(tiny_llama, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("method", "strategy", "ngpu"),
     [
@@ -84,7 +84,7 @@ def test_a_strategy_learns_what_one_process_learns(tiny_llama, tmp_path, alone, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "parts",
     [

@@ -18,7 +18,7 @@ SMALL = ["data.limit=64", "batch.size=8", "optim.lr=1e-2", "model.dtype=fp32", "
 
 
 def train(model, run, *args, program=("-m", "launcher", "train"), env=None):
-    return run_python(*program, f"MODEL={model}", f"RUN={run}", *SMALL, *args, timeout=240, env=env)
+    return run_python(*program, f"MODEL={model}", f"RUN={run}", *SMALL, *args, env=env)
 
 
 def manifest(run):
@@ -85,6 +85,7 @@ def test_qlora_trains_in_four_bits(tiny_llama, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("args", [(), ("PEFT=qlora",), ("NGPU=2",)], ids=["lora", "qlora", "zero2"])
 def test_an_interrupted_run_goes_on_where_it_was(tiny_llama, tmp_path, args):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -111,7 +112,7 @@ def test_sigterm_leaves_a_checkpoint_and_exit_75(tiny_llama, tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=240)
     assert process.returncode == 75
     assert "run the same command again" in out
     assert manifest(run)["state"] == "stopped"
