@@ -1,17 +1,14 @@
 """The broker with both its ends in hand: credit, slow readers, loading; and the worker that no request can end."""
 
 import io
-import time
 import tracemalloc
 from typing import Any
 
 from serve.broker import Broker
-from serve.client import Answer
 from serve.clients import PROBE_SECONDS, Clients
 from serve.echo import EchoEngine
 from serve.engine import Read
 from serve.figures import Figures, percentile, prometheus
-from serve.fleet import EngineState, Fleet
 from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
 from serve.progress import Progress
 from serve.protocol import CREDIT_WINDOW, Code, Kind, Message
@@ -150,48 +147,6 @@ def test_an_engine_without_work_does_not_hang() -> None:
     assert wires.broker.hung() == []
     engine.last_heard -= 1000
     assert wires.broker.hung() == [0]
-
-
-def test_a_replay_may_overlap_what_has_come() -> None:
-    answer = Answer(Message(Kind.SUBMIT, ID))
-    assert [answer.add(0, "ab"), answer.add(1, "cd"), answer.add(1, "cdef"), answer.add(2, "g")] == [
-        "ab",
-        "cd",
-        "ef",
-        "g",
-    ]
-    assert "".join(answer.texts) == "abcdefg"
-
-
-def test_a_conversation_stays_with_its_engine_unless_that_has_a_queue() -> None:
-    fleet = Fleet()
-    for number in range(2):
-        fleet.engines[number] = EngineState("ready", {"num_slots": 2})
-    first = Submission([{"role": "user", "content": "a"}])
-    assert fleet.choose(first) == 0
-    fleet.remember(first, "b", 1)
-    again = [*first.messages, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert fleet.choose(Submission(again)) == 1
-    assert fleet.choose(Submission(again, adapter="other")) == 0
-    fleet.engines[1].open |= {b"1", b"2"}
-    assert fleet.choose(Submission(again)) == 0
-    fleet.engines[1].open.clear()
-    fleet.forget(1)
-    assert fleet.choose(Submission(again)) == 0
-    fleet.engines[0].state = fleet.engines[1].state = "down"
-    assert fleet.choose(first) is None
-
-
-def test_a_conversation_of_many_turns_is_looked_up_in_one_pass() -> None:
-    fleet = Fleet()
-    for number in range(2):
-        fleet.engines[number] = EngineState("ready", {"num_slots": 2})
-    turns = [{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(9_999)]
-    fleet.remember(Submission(turns[:-2]), "x", 1)
-    begun = time.monotonic()
-    assert fleet.choose(Submission(turns)) == 1
-    # Clients and engines wait meanwhile; it was half a minute.
-    assert time.monotonic() - begun < 1
 
 
 def test_an_answer_is_remembered_in_little_memory_and_comes_back_in_its_parts() -> None:

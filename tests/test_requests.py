@@ -4,11 +4,10 @@ import asyncio
 import hashlib
 import signal
 
-import pytest
-
-from serve.client import Answer, Delta, connect
-from serve.errors import ServeError
+from serve.client import connect
+from serve.pieces import Answer, Delta
 from serve.protocol import Kind, Message
+from tests.client_fixtures import break_connections
 from tests.serve_fixtures import Box, RawClient, box, text_of, wait_until
 
 __all__ = ["box"]
@@ -18,11 +17,10 @@ def take(client: RawClient, answer: Answer, count: int | None = None) -> Message
     """Read `count` deltas into the answer, or all to the end; the last message."""
     while True:
         message = client.receive("data")
-        if message.request != answer.submit.request:
+        if message.request != answer.request:
             continue
-        if message.kind is Kind.DELTA:
-            answer.add(message.body["n"], message.body["text"])
-            count = count and count - 1
+        answer.take(message)
+        count = count and count - (message.kind is Kind.DELTA)
         if message.kind in (Kind.DONE, Kind.ERROR) or count == 0:
             return message
 
@@ -32,11 +30,12 @@ def test_an_answer_is_taken_up_again_where_it_was(box: Box) -> None:
     text = "".join(chr(97 + i % 26) for i in range(240))
     first = RawClient(box.record())
     first.__enter__()
-    answer = Answer(Message(Kind.SUBMIT, first.submit(text)))
-    request = answer.submit.request
+    answer = Answer({"messages": [{"role": "user", "content": text}]}, first.session)
+    request = answer.request
+    first.send("data", answer.submit())
     take(first, answer, 20)
     # On the same sockets: what is on its way comes as well.
-    first.submit(text, request, have=len(answer.texts))
+    first.send("data", answer.resubmit())
     take(first, answer, 20)
     first.__exit__()
     with RawClient(box.record(), first.session) as again, RawClient(box.record()) as stranger:
@@ -44,8 +43,7 @@ def test_an_answer_is_taken_up_again_where_it_was(box: Box) -> None:
         assert stranger.session != first.session
         stranger.submit(text, request)
         assert stranger.receive("data").body["code"] == "E_BAD_REQUEST"
-        have = len(answer.texts)
-        again.submit(text, request, have=have)
+        again.send("data", answer.resubmit())
         last = take(again, answer)
         assert "".join(answer.texts) == text
         assert last.body["digest"] == hashlib.sha256(text.encode()).hexdigest()
@@ -73,26 +71,10 @@ def test_a_client_whose_connections_broke_goes_on(box: Box) -> None:
             async for piece in client.ask([{"role": "user", "content": text}]):
                 heard += piece.text if isinstance(piece, Delta) else ""
                 if isinstance(piece, Delta) and piece.tokens == 20:
-                    # A new connection has a new routing id: to the daemon, a stranger speaks.
-                    for socket, endpoint in (
-                        (client._data, box.record().data),
-                        (client._control, box.record().control),
-                    ):
-                        socket.disconnect(endpoint)
-                        socket.connect(endpoint)
+                    break_connections(client, box.record())
             return heard, (await client.status())["requests"]
 
     assert asyncio.run(talk()) == (text, {"stop": 1})
-
-
-def test_a_damaged_answer_is_noticed() -> None:
-    answer = Answer(Message(Kind.SUBMIT, bytes(16)))
-    answer.add(0, "ab")
-    answer.check(hashlib.sha256(b"ab").hexdigest())
-    with pytest.raises(ServeError, match="damaged"):
-        answer.check(hashlib.sha256(b"abc").hexdigest())
-    with pytest.raises(ServeError, match="part 1 of the answer is missing"):
-        answer.add(2, "c")
 
 
 def test_a_deadline_ends_a_request_and_frees_its_slot(box: Box) -> None:
