@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.serving import Served, chosen, num_handles, processor_s, quantile, served
-from serve.client import Client, Delta, Done, connect
+from bench.serving import Served, chosen, num_handles, processor_s, served
+from serve.client import Client, connect
 from serve.errors import RequestError
+from serve.figures import percentile
+from serve.pieces import Delta, Done
 from serve.runtime import Record
 
 CLOSED = 1 / 9
@@ -124,7 +126,7 @@ def judge(told: list[list[dict[str, Any]]], num_doomed: int, each: int, limit_ms
         f"{asked} requests asked; of the surviving processes {len(ends)} ended: {right} right, {closed} closed by us in the middle; "
         f"{num_doomed} of {len(told)} processes killed with {lost} requests open"
     )
-    p50, p99, most = (1e3 * quantile(refused, share) for share in (0.5, 0.99, 1.0))
+    p50, p99, most = (1e3 * percentile(refused, percent) for percent in (50, 99, 100))
     print(f"{len(refused)} refusals of a full queue: after p50 {p50:.1f} ms, p99 {p99:.1f} ms, at most {most:.1f} ms")
     faults = [f"ended otherwise: {how}" for how in sorted(set(ends) - {"right", "closed"})]
     expected = each * (len(told) - num_doomed)

@@ -19,9 +19,10 @@ from collections.abc import Iterator
 import zmq
 
 from bench.attacks import ATTACKS, CONTROL, DATA, Draw, frames, greetings
-from bench.serving import Served, chosen, quantile, served, table
+from bench.serving import Served, chosen, served, table
 from bench.streams import Seen, questions, solo, streaming
 from serve.engines import rss_bytes
+from serve.figures import percentile
 from serve.protocol import VERSION, Kind, ProtocolError, decode
 
 STREAMS = 8
@@ -207,8 +208,8 @@ def summary(fuzzer: Fuzzer, seen: Seen, messages: int, seconds: float) -> str:
     gaps, pongs = seen.gaps, fuzzer.pongs
     return (
         f"{messages} messages in {seconds:.0f} s; {seen.answers} good answers, {len(seen.wrong)} of them different; between their words "
-        f"p50 {quantile(gaps, 0.5) * 1e3:.0f} ms, p99 {quantile(gaps, 0.99) * 1e3:.0f} ms, longest {max(gaps):.2f} s; PONG after p50 "
-        f"{quantile(pongs, 0.5) * 1e3:.1f} ms, p99 {quantile(pongs, 0.99) * 1e3:.0f} ms, longest {max(pongs):.2f} s"
+        f"p50 {percentile(gaps, 50) * 1e3:.0f} ms, p99 {percentile(gaps, 99) * 1e3:.0f} ms, longest {max(gaps):.2f} s; PONG after p50 "
+        f"{percentile(pongs, 50) * 1e3:.1f} ms, p99 {percentile(pongs, 99) * 1e3:.0f} ms, longest {max(pongs):.2f} s"
     )
 
 
@@ -235,8 +236,8 @@ def left_open(served: Served) -> list[str]:
 def grown(pid: int, samples: list[int]) -> list[str]:
     """Compare the memory of the tenth after the first with that of the last, medians; print every tenth's."""
     size = max(len(samples) // 10, 1)
-    tenths = [quantile(samples[start : start + size], 0.5) for start in range(0, len(samples), size)]
-    early, late = quantile(samples[size : 2 * size], 0.5), quantile(samples[-size:], 0.5)
+    tenths = [percentile(samples[start : start + size], 50) for start in range(0, len(samples), size)]
+    early, late = percentile(samples[size : 2 * size], 50), percentile(samples[-size:], 50)
     told = " ".join(f"{value / 1e6:.1f}" for value in tenths)
     print(
         f"process {pid}: MB in every tenth {told} ({100 * (late / early - 1):+.1f} %), at most {max(samples) / 1e6:.1f}"

@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.serving import chosen, pieces, quantile, served, table
+from bench.serving import chosen, pieces, served, table
 from bench.streams import TOPICS
-from serve.client import Client, Delta, connect
+from serve.client import Client, connect
 from serve.engine import Engine, Sampling
 from serve.engine_process import build
+from serve.figures import percentile
 from serve.load import Load
+from serve.pieces import Delta
 from serve.settings import PREFIX
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
@@ -41,7 +43,7 @@ class Times:
     @property
     def p50(self) -> float:
         """Of the time between tokens."""
-        return quantile(self.between, 0.5)
+        return percentile(self.between, 50)
 
 
 def question(number: int) -> list[dict[str, Any]]:

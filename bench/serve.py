@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.serving import Served, chosen, pieces, quantile, served, table
+from bench.serving import Served, chosen, pieces, served, table
 from bench.streams import questions
-from serve.client import Delta, connect
+from serve.client import connect
 from serve.engine import BASE
 from serve.errors import UserError
+from serve.figures import percentile
 from serve.load import Load
+from serve.pieces import Delta
 from serve.settings import PREFIX, Settings
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
@@ -193,10 +195,10 @@ def figures(results: list[Any]) -> dict[str, float]:
 
     return {
         "tokens_per_second": median(lambda r: r.rate),
-        "first_token_p50_ms": median(lambda r: 1e3 * quantile(r.firsts, 0.5)),
+        "first_token_p50_ms": median(lambda r: 1e3 * percentile(r.firsts, 50)),
         "first_token_max_ms": median(lambda r: 1e3 * max(r.firsts)),
-        "inter_token_p50_ms": median(lambda r: 1e3 * quantile(r.gaps, 0.5)),
-        "inter_token_p99_ms": median(lambda r: 1e3 * quantile(r.gaps, 0.99)),
+        "inter_token_p50_ms": median(lambda r: 1e3 * percentile(r.gaps, 50)),
+        "inter_token_p99_ms": median(lambda r: 1e3 * percentile(r.gaps, 99)),
         "tokens": median(lambda r: r.tokens),
     }
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from serve import runtime, starter
-from serve.client import Client, Delta
+from serve.client import Client
 from serve.errors import RequestError
 from serve.lifeline import child_environment
+from serve.pieces import Delta
 from serve.submission import Submission
 
 START_S = 300.0
@@ -115,12 +116,6 @@ def chosen(args: Sequence[str], **defaults: str) -> tuple[dict[str, str], list[s
         else:
             others.append(word)
     return own, others
-
-
-def quantile(values: Iterable[float], share: float) -> float:
-    """The value that this share of them does not exceed; NaN where there are none."""
-    ordered = sorted(values)
-    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else float("nan")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

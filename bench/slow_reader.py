@@ -18,10 +18,11 @@ import sys
 import time
 from dataclasses import dataclass
 
-from bench.serving import Served, answer, chosen, quantile, served
+from bench.serving import Served, answer, chosen, served
 from bench.streams import Seen, questions, solo, streaming
 from serve.client import connect
 from serve.engines import rss_bytes
+from serve.figures import percentile
 from serve.submission import Submission
 
 OTHERS = 4
@@ -102,7 +103,7 @@ def right_answer(served: Served, question: str) -> str:
 
 def judge(name: str, found: Trial, p50: float, whole: str) -> list[str]:
     """Print a trial; its faults."""
-    now = quantile(found.seen.gaps, 0.5)
+    now = percentile(found.seen.gaps, 50)
     is_whole = found.text == whole and found.exit_code == 0
     got = (
         "the whole text"
@@ -111,7 +112,7 @@ def judge(name: str, found: Trial, p50: float, whole: str) -> list[str]:
     )
     print(
         f"{name}: {got}; the daemon held {found.held / 2**20:.2f} MiB more at most; others' words p50 {p50 * 1e3:.1f} -> {now * 1e3:.1f} ms "
-        f"({100 * (now / p50 - 1):+.1f} %), p99 {quantile(found.seen.gaps, 0.99) * 1e3:.1f} ms, {len(found.seen.wrong)} of their "
+        f"({100 * (now / p50 - 1):+.1f} %), p99 {percentile(found.seen.gaps, 99) * 1e3:.1f} ms, {len(found.seen.wrong)} of their "
         f"{found.seen.answers} answers wrong",
         flush=True,
     )
@@ -130,7 +131,7 @@ def main(args: list[str]) -> int:
         before = calm(daemon, min(CALM_S, seconds))
         blocked = trial(daemon, LONG, seconds, by_signal=False)
         stopped = trial(daemon, SHORT, seconds, by_signal=True)
-        p50 = quantile(before.gaps + calm(daemon, min(CALM_S, seconds)).gaps, 0.5)
+        p50 = percentile(before.gaps + calm(daemon, min(CALM_S, seconds)).gaps, 50)
         faults = judge("output blocked", blocked, p50, long)
         faults += judge("stopped, the answer short", stopped, p50, short)
         # What is not done when a client is taken for dead is cancelled: told, and not judged.

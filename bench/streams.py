@@ -10,8 +10,9 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 from bench.serving import answer, pieces
-from serve.client import Delta, connect
+from serve.client import connect
 from serve.engine import Sampling
+from serve.pieces import Delta
 from serve.runtime import Record
 from serve.submission import Submission
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.serving import Served, chosen, pieces, quantile, served
-from serve.client import Accepted, Client, Delta, connect
+from bench.serving import Served, chosen, pieces, served
+from serve.client import Client, connect
 from serve.engine import Engine, Sampling
 from serve.engine_process import build
 from serve.errors import RequestError
+from serve.figures import percentile
 from serve.load import Load
+from serve.pieces import Accepted, Delta
 from serve.settings import PREFIX, Settings
 from serve.settings import parse as parse_settings
 from serve.submission import Submission
@@ -164,8 +166,8 @@ async def swap(
 
 
 def spread(seconds: Sequence[float]) -> str:
-    """A few quantiles in words."""
-    return f"p50 {quantile(seconds, 0.5):.2f} s, at most {max(seconds):.2f} s"
+    """The median and the longest, in words."""
+    return f"p50 {percentile(seconds, 50):.2f} s, at most {max(seconds):.2f} s"
 
 
 def main(args: list[str]) -> int:

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.serving import chosen, quantile, table
+from bench.serving import chosen, table
+from serve.figures import percentile
 from tests.serve_fixtures import Box, Screen, wait_until
 
 QUESTION = "Write a very long story about the sea, the city and the mountains, in many chapters. " * 4
@@ -146,8 +147,8 @@ def main(args: list[str]) -> int:
             screen.wait(20)
         rows = [
             ("start to prompt, median", f"{1e3 * statistics.median(starts):.0f} ms", f"slowest {1e3 * max(starts):.0f}"),
-            ("key to echo while streaming, p95", f"{1e3 * quantile(keys, 0.95):.0f} ms", f"p50 {1e3 * quantile(keys, 0.5):.0f}"),
-            (f"Ctrl-C to prompt, {len(cancels)} times, slowest", f"{1e3 * max(cancels):.0f} ms", f"p50 {1e3 * quantile(cancels, 0.5):.0f}"),
+            ("key to echo while streaming, p95", f"{1e3 * percentile(keys, 95):.0f} ms", f"p50 {1e3 * percentile(keys, 50):.0f}"),
+            (f"Ctrl-C to prompt, {len(cancels)} times, slowest", f"{1e3 * max(cancels):.0f} ms", f"p50 {1e3 * percentile(cancels, 50):.0f}"),
             ("slots busy afterwards", busy, ""),
             ("daemons killed in an answer", own["DEATHS"], "went on each time"),
             ("turns alternate on the disk", "yes" if alternates(box) else "NO", ""),

@@ -1,8 +1,9 @@
 """How the daemon is doing: counts, rates and waiting times, and the same as text for Prometheus. Pure."""
 
+import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 WINDOW_SECONDS = 10.0
 MAX_SAMPLES = 512
@@ -46,8 +47,8 @@ class Figures:
             "requests": dict(self.endings),
             "tokens": self.tokens,
             "tokens_per_second": round(sum(number for _, number in self._recent) / WINDOW_SECONDS, 1),
-            "first_token_ms": {"p50": percentile(self._first, 50), "p95": percentile(self._first, 95)},
-            "inter_token_ms": {"p50": percentile(self._between, 50), "p95": percentile(self._between, 95)},
+            "first_token_ms": _percentiles(self._first),
+            "inter_token_ms": _percentiles(self._between),
         }
 
     def _trim(self) -> None:
@@ -55,10 +56,15 @@ class Figures:
             self._recent.popleft()
 
 
-def percentile(samples: Iterable[float], share: float) -> float | None:
-    """The value that `share` percent do not exceed (nearest rank), None without samples."""
+def percentile(samples: Iterable[float], percent: float) -> float:
+    """By nearest rank: the least of the samples that at least `percent` of a hundred do not exceed; NaN without samples."""
     ordered = sorted(samples)
-    return round(ordered[min(len(ordered) - 1, int(len(ordered) * share / 100))], 1) if ordered else None
+    rank = math.ceil(len(ordered) * percent / 100)
+    return ordered[max(rank, 1) - 1] if ordered else math.nan
+
+
+def _percentiles(samples: Collection[float]) -> dict[str, float | None]:
+    return {f"p{percent}": round(percentile(samples, percent), 1) if samples else None for percent in (50, 95)}
 
 
 def prometheus(status: dict[str, object]) -> str:

@@ -8,7 +8,6 @@ from serve.broker import Broker
 from serve.clients import PROBE_SECONDS, Clients
 from serve.echo import EchoEngine
 from serve.engine import Read
-from serve.figures import Figures, percentile, prometheus
 from serve.open_requests import Lane, OpenRequest, Remembered, Sent, Session
 from serve.progress import Progress
 from serve.protocol import CREDIT_WINDOW, Code, Kind, Message
@@ -184,29 +183,6 @@ def test_clients_that_came_together_are_probed_in_parts() -> None:
         counts.append(len(probed))
     assert counts == [100, 200, 250, 250] and len(set(probed)) == 250
     assert len(list(clients)) == 249
-
-
-def test_figures() -> None:
-    assert percentile([], 50) is None
-    assert [percentile(range(1, 101), share) for share in (50, 95)] == [51, 96]
-    figures = Figures()
-    assert 100 <= figures.retry_after_ms(64) <= 30_000
-    figures.token(1, 0.25, is_first=True)
-    figures.token(4, 0.002, is_first=False)
-    figures.ended("stop")
-    status = {
-        **dict.fromkeys(("busy_slots", "num_slots", "waiting", "clients"), 3),
-        "engines": [{"rss_bytes": 7}],
-        **figures.summary(),
-    }
-    assert (status["tokens"], status["tokens_per_second"]) == (5, 0.5)
-    lines = prometheus(status).splitlines()
-    assert {
-        "afinar_waiting 3",
-        'afinar_first_token_ms{quantile="p50"} 250.0',
-        "# TYPE afinar_tokens_total counter",
-    } <= set(lines)
-    assert lines.count("# TYPE afinar_first_token_ms gauge") == 1
 
 
 class Fragile(EchoEngine):
