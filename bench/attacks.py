@@ -1,15 +1,13 @@
 """Messages that no honest client sends, drawn from a seed: each attack makes (lane, frames) out of what it knows. Pure."""
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 
-from serve.protocol import ADMIN, MAGIC, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, VERSION, Kind
+from bench.attacker import CONTROL, DATA, Draw, frames
+from serve.protocol import ADMIN, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, VERSION, Kind
 
-DATA, CONTROL = "data", "control"
 NUMBERS: tuple[Any, ...] = (
     float("nan"), float("inf"), float("-inf"), -1, -0.5, 0, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), 1e308, 1e-308, "1", "", b"\x00",
     True, None, [], {}, [0.5], {"a": 1},
@@ -20,42 +18,7 @@ FIELDS = (
 )  # fmt: skip
 
 
-@dataclass
-class Draw:
-    """Where attacks are drawn from. `sessions` are the attacker's own secrets, `ids` request ids that it has used before."""
-
-    random: random.Random
-    sessions: list[bytes] = field(default_factory=lambda: [bytes(16)])
-    ids: list[bytes] = field(default_factory=lambda: [bytes(16)])
-    # A message near the limit of the size costs both sides so much that only few may be one.
-    num_big: int = 0
-
-    def noise(self, most: int) -> bytes:
-        """Up to so many random bytes."""
-        return self.random.randbytes(self.random.randint(0, most))
-
-    def id(self) -> bytes:
-        """A new request id."""
-        self.ids = [*self.ids[-200:], self.random.randbytes(16)]
-        return self.ids[-1]
-
-    def body(self, text: str = "x", **more: Any) -> dict[str, Any]:
-        """A good SUBMIT's body, but for what is in `more`."""
-        messages = [{"role": "user", "content": text}]
-        return {"session": self.random.choice(self.sessions), "messages": messages, "max_tokens": 3, **more}
-
-    def is_big(self) -> bool:
-        """Whether this one may be near the limit of the size."""
-        self.num_big += 1
-        return self.num_big % 50 == 0
-
-
 Attack = Callable[[Draw], tuple[str, list[bytes]]]
-
-
-def frames(kind: bytes, request: bytes, body: Any) -> list[bytes]:
-    """What `serve.protocol.encode` makes, of anything."""
-    return [MAGIC, kind, request, body if isinstance(body, bytes) else msgpack.packb(body)]
 
 
 def submit(draw: Draw, body: Any) -> tuple[str, list[bytes]]:

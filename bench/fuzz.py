@@ -14,11 +14,11 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import zmq
 
-from bench.attacks import ATTACKS, CONTROL, DATA, Draw, frames, greetings
+from bench.attacker import DATA, Draw, Pair, frames
+from bench.attacks import ATTACKS, greetings
 from bench.serving import Served, chosen, served, table
 from bench.streams import Seen, questions, solo, streaming
 from serve.engines import rss_bytes
@@ -35,42 +35,6 @@ ECHO_DELAY = 0.02
 MOST_A_SECOND = 400.0
 FLAT = 0.05
 PATIENCE_MS = 120_000
-
-
-class Pair:
-    """Two DEALERs, without any manners."""
-
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", served: Served) -> None:
-        self.sockets = {}
-        for lane, endpoint in ((DATA, served.record.data), (CONTROL, served.record.control)):
-            self.sockets[lane] = context.socket(zmq.DEALER)
-            self.sockets[lane].setsockopt(zmq.LINGER, 0)
-            self.sockets[lane].connect(endpoint)
-        self.hello()
-
-    def hello(self) -> None:
-        """Get a session; the answer is seen later."""
-        self.send(CONTROL, frames(b"H", bytes(16), {"proto": [VERSION]}))
-
-    def send(self, lane: str, message: list[bytes]) -> bool:
-        """False where the daemon takes nothing at the moment."""
-        try:
-            self.sockets[lane].send_multipart(message, flags=zmq.DONTWAIT)
-        except zmq.Again:
-            return False
-        return True
-
-    def received(self) -> Iterator[list[bytes]]:
-        """What has come."""
-        for own in self.sockets.values():
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    yield own.recv_multipart(flags=zmq.DONTWAIT)
-
-    def close(self) -> None:
-        """Vanish."""
-        for own in self.sockets.values():
-            own.close(0)
 
 
 class Fuzzer:
