@@ -130,7 +130,8 @@ class SlotEngine:
         first: dict[int, int] = {}
         if whole:
             ready = [slots[i] for i in whole]
-            chosen = self._sampler.choose(logits, ready, [len(self._seats[slot].ids) for slot in ready])
+            plan = self._sampler.plan(ready, [len(self._seats[slot].ids) for slot in ready])
+            chosen = self._sampler.choose(logits, plan)
             first = dict(zip(ready, chosen, strict=True))
             for slot, token in first.items():
                 self._seats[slot].last = token
@@ -153,9 +154,10 @@ class SlotEngine:
             everything = [(i, 0) for i in range(size)]
             return self._forward(ids[:, None], places[:, None], slice(0, size), reads, indices, only, everything)
 
+        plan = self._sampler.plan(slots, [n + 1 for n in written])
         inputs = torch.tensor(columns).t().contiguous().to(self._device)
         logits = self._graphs.run((size, reads, only), run, inputs)[: len(slots)]
-        tokens = self._sampler.choose(logits.clone(), slots, [n + 1 for n in written])
+        tokens = self._sampler.choose(logits, plan)
         for row, (seat, token) in enumerate(zip(seats, tokens, strict=True)):
             self._rows.rows[row].tokens.append(seat.last)
             seat.last = token
