@@ -14,7 +14,7 @@ import torch
 from serve.cache import SlotCache, row_bytes
 from serve.engine import AdapterError, AdapterInfo, Detokenizer, EngineInfo, Read, Sampling
 from serve.errors import UserError
-from serve.graphs import Graphs, bucket, record_cuda
+from serve.graphs import Graphs, length_bucket, record_cuda, row_bucket
 from serve.held import Held, Progress, hold_runs
 from serve.layers import BASE_INDEX, Batch
 from serve.load import Load
@@ -144,8 +144,8 @@ class SlotEngine:
         seats = [self._seats[slot] for slot in slots]
         written = [len(self._rows.rows[row].tokens) for row in range(len(slots))]
         positions = [seat.adapter.num_prefix + n for seat, n in zip(seats, written, strict=True)]
-        size = self._padded(len(slots))
-        reads, only = self._reads(max(positions) + 1), _only(seats)
+        size, reads = self._shape(len(slots), max(positions) + 1)
+        only = _only(seats)
         columns = [[s.last, p, s.adapter.index] for s, p in zip(seats, positions, strict=True)]
         columns += [[0, self.cache.length, BASE_INDEX]] * (size - len(slots))
 
@@ -214,9 +214,11 @@ class SlotEngine:
 
     # The model.
 
-    def _padded(self, number: int) -> int:
-        """How many rows a step computes: few shapes where they are recorded."""
-        return bucket(number, self.info.num_slots) if self._graphs.is_on else number
+    def _shape(self, number: int, length: int) -> tuple[int, int]:
+        """How many rows a step computes, and how many positions of each it reads: few shapes where they are recorded."""
+        if not self._graphs.is_on:
+            return number, self._reads(length)
+        return row_bucket(number, self.info.num_slots), length_bucket(length, self.cache.length)
 
     def _reads(self, length: int) -> int:
         return min(-(-length // LENGTH_BUCKET) * LENGTH_BUCKET, self.cache.length)

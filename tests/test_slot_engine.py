@@ -13,7 +13,7 @@ from launcher import cafe, models, reload
 from serve.cache import row_bytes
 from serve.engine import AdapterError, Sampling, resolve
 from serve.errors import UserError
-from serve.graphs import Graphs
+from serve.graphs import Graphs, Recording
 from serve.products import SIZES, Products
 from serve.sizes import fit
 from serve.stream import StreamDecoder
@@ -295,10 +295,10 @@ def test_recorded_steps_say_the_same(held):
     expected, _ = answer(held, rows)
     recorded = []
 
-    def record(step, inputs):
+    def record(step, inputs, pool):
         output = step(inputs)
         recorded.append(inputs.shape)
-        return lambda: replay(output, step, inputs), output
+        return Recording(lambda: replay(output, step, inputs), output)
 
     plain, held._graphs = held._graphs, Graphs(record)
     try:
@@ -318,7 +318,7 @@ def replay(output, step, inputs):
     output.copy_(step(inputs))
 
 
-def fail(step, inputs):
+def fail(step, inputs, pool):
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
