@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from serve.fleet import Fleet
@@ -58,8 +59,9 @@ class Administration:
         self._send, self._forward, self._fleet, self._admin = send, forward, fleet, admin
         self._status, self._on_leave, self._log = status, on_leave, log
         self._questions: dict[bytes, Question] = {}
-        # Runs that were loaded since the start, for engines that start again.
+        # The runs that are wanted, by name: what the first engine began with and was loaded since, less what was unloaded.
         self.runs: dict[str, str] = {}
+        self._has_begun = False
 
     def on_control(self, sender: bytes, message: Message) -> bool:
         """Take a message of a client; False if it is none of these."""
@@ -123,9 +125,11 @@ class Administration:
         """Take an engine's reply, or its news of adapters; False if it is about a request."""
         if message.kind is Kind.ADAPTERS:
             self._fleet.engines[number].info = message.body["info"]
+        elif message.kind is Kind.ERROR and message.request == NO_REQUEST:
+            self._log("engine refused", engine=number, code=message.body["code"], why=message.body["message"])
         question = self._questions.get(message.request)
         if question is None or number not in question.engines:
-            return message.kind in (Kind.ADAPTERS, Kind.TOKENIZE)
+            return message.kind in (Kind.ADAPTERS, Kind.TOKENIZE) or message.request == NO_REQUEST
         question.engines.discard(number)
         if message.kind is Kind.ERROR:
             question.fault = question.fault or message
@@ -134,12 +138,9 @@ class Administration:
             question.reply = message
         if not question.engines:
             self._answer(self._questions.pop(message.request))
+            if question.kind is not Kind.TOKENIZE:
+                self._level_all()
         return True
-
-    def engine_ready(self, number: int) -> None:
-        """An engine that started again learns what the others have loaded meanwhile."""
-        for run in self.runs.values():
-            self._forward(number, Message(Kind.LOAD, NO_REQUEST, {"run": run}))
 
     def engine_died(self, number: int, why: str) -> None:
         """It will not reply any more."""
@@ -147,31 +148,59 @@ class Administration:
             self.on_engine(number, error(inner, Code.ENGINE, f"{why}; try again"))
 
     def _answer(self, question: Question) -> None:
-        kind, request = question.kind, question.request
         if question.fault is not None:
-            if kind is Kind.LOAD and question.reply is not None:
-                for number in question.done:
-                    key = question.reply.body["loaded"]
-                    self._forward(number, Message(Kind.UNLOAD, NO_REQUEST, {"adapter": key}))
-            self._send(Lane.CONTROL, question.asker, Message(Kind.ERROR, request, question.fault.body))
-            return
-        assert question.reply is not None
-        body = question.reply.body
-        if kind is Kind.TOKENIZE:
-            self._send(Lane.CONTROL, question.asker, Message(kind, request, body))
-            return
-        what = "loaded" if kind is Kind.LOAD else "unloaded"
-        name = body[what].partition("@")[0]
-        if kind is Kind.LOAD:
-            run = self.runs[name] = question.run
-            for number in self._fleet.ready.keys() - set(question.done):
-                # It became ready in the meantime.
-                self._forward(number, Message(Kind.LOAD, NO_REQUEST, {"run": run}))
-        elif not self._still_has(name):
-            self.runs.pop(name, None)
-        self._log(f"adapter {what}", adapter=body[what])
-        reply = Message(Kind.ADAPTERS, request, {**self._adapters(), what: body[what]})
+            reply = Message(Kind.ERROR, question.request, question.fault.body)
+        elif question.kind is Kind.TOKENIZE:
+            assert question.reply is not None
+            reply = Message(question.kind, question.request, question.reply.body)
+        else:
+            what, key = self._change(question)
+            self._log(f"adapter {what}", adapter=key)
+            reply = Message(Kind.ADAPTERS, question.request, {**self._adapters(), what: key})
         self._send(Lane.CONTROL, question.asker, reply)
 
-    def _still_has(self, name: str) -> bool:
-        return any(adapter.name == name for engine in self._fleet.ready.values() for adapter in engine.adapters)
+    # What is wanted, and what is there.
+
+    def wanted(self, runs: tuple[str, ...]) -> tuple[str, ...]:
+        """With which of these an engine shall start; with all where none is left, for they tell the base."""
+        paths = {Path(run).absolute() for run in self.runs.values()}
+        return tuple(run for run in runs if Path(run).absolute() in paths) or runs
+
+    def engine_ready(self, number: int) -> None:
+        """The first engine tells what there is; the others, and those that start again, follow."""
+        if not self._has_begun:
+            self._has_begun = True
+            self.runs = self._runs_at(number)
+        self._level(number)
+
+    def _change(self, question: Question) -> tuple[str, str]:
+        """Want what was loaded, and no more what was unloaded: (`loaded` or `unloaded`, the key of the adapter)."""
+        assert question.reply is not None
+        what = "loaded" if question.kind is Kind.LOAD else "unloaded"
+        key = question.reply.body[what]
+        name = key.partition("@")[0]
+        if question.kind is Kind.LOAD:
+            self.runs[name] = question.run
+        elif not any(name in self._runs_at(number) for number in question.done):
+            self.runs.pop(name, None)
+        return what, key
+
+    def _runs_at(self, number: int) -> dict[str, str]:
+        """The runs that an engine has, by name."""
+        return {adapter.name: adapter.run for adapter in self._fleet.engines[number].adapters if adapter.run}
+
+    def _level_all(self) -> None:
+        """After a change: some may have done what others could not, or have become ready in the meantime."""
+        # The last of several changes sees to all.
+        if all(question.kind is Kind.TOKENIZE for question in self._questions.values()):
+            for number in self._fleet.ready:
+                self._level(number)
+
+    def _level(self, number: int) -> None:
+        """Have an engine load what is wanted and not there, and unload what is there and not wanted."""
+        there = self._runs_at(number)
+        for name, run in self.runs.items():
+            if name not in there:
+                self._forward(number, Message(Kind.LOAD, NO_REQUEST, {"run": run}))
+        for name in there.keys() - self.runs.keys():
+            self._forward(number, Message(Kind.UNLOAD, NO_REQUEST, {"adapter": name}))

@@ -142,6 +142,8 @@ class Broker:
         if session is None:
             raise ProtocolError(Code.BAD_REQUEST, "say HELLO on control and give its session here", message.request)
         session.spoke()
+        if message.request == NO_REQUEST:
+            raise ProtocolError(Code.BAD_REQUEST, "this id belongs to no request; try a random one", message.request)
         if self._is_known(sender, session, message):
             return
         asked = submission.parse(message.body, message.request)

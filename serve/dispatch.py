@@ -42,6 +42,10 @@ class Dispatch:
         body = {**asked.to_body(), "client": request.session.number}
         self._forward(engine, Message(Kind.SUBMIT, request.id, body))
 
+    def wanted(self, runs: tuple[str, ...]) -> tuple[str, ...]:
+        """Which of these runs an engine that starts shall load."""
+        return self._administration.wanted(runs)
+
     def engine_starts(self, number: int, pid: int) -> None:
         """An engine process was started, for the first time or again."""
         self._fleet.engines[number] = EngineState(pid=pid)

@@ -35,6 +35,10 @@ CALM_SECONDS = 60.0
 class Listener(Protocol):
     """Who hears of the engines: see `serve.dispatch`."""
 
+    def wanted(self, runs: tuple[str, ...]) -> tuple[str, ...]:
+        """Which of these runs an engine that starts shall load."""
+        ...
+
     def engine_starts(self, number: int, pid: int) -> None:
         """A process was started."""
         ...
@@ -72,6 +76,8 @@ class Engines:
         self._arguments, self._folder, self._context = arguments, folder, context
         self._listener, self._on_message, self._log = listener, on_message, log
         self._living: dict[int, EngineProcess] = {}
+        # What `auto` came to mean holds for every engine, whatever its runs.
+        self._hold = arguments.hold
         self._num_starts = 0
         self._started: set[int] = set()
         self._first_ready = asyncio.Event()
@@ -158,7 +164,8 @@ class Engines:
         link.set(zmq.SNDHWM, 0)
         link.bind(endpoint)
         a = self._arguments
-        load = Load(a.runs, a.hold, a.dtype, a.settings, endpoint, device=number, num_devices=a.num_gpus)
+        runs = self._listener.wanted(a.runs)
+        load = Load(runs, self._hold, a.dtype, a.settings, endpoint, device=number, num_devices=a.num_gpus)
         with self.log_path(number).open("a" if number in self._started else "w") as log:
             process = await asyncio.create_subprocess_exec(
                 *[sys.executable, "-m", "serve.engine_process", load.to_json()],
@@ -183,6 +190,7 @@ class Engines:
     def _hear(self, number: int, engine: EngineProcess, message: Message) -> None:
         if message.kind is Kind.READY:
             engine.info, engine.ready_at = message.body["info"], time.monotonic()
+            self._hold = engine.info["hold"]
             engine.ready.set()
         elif message.kind is Kind.ERROR and not any(message.request) and not engine.ready.is_set():
             engine.last_words = message.body["message"]

@@ -1,7 +1,9 @@
 """Engine processes that die, hang and share the work."""
 
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,59 @@ def test_an_adapter_that_one_engine_refuses_is_served_by_none(box: Box, loads: i
         wait_until(lambda: client.status()["engines"][1 - loads]["state"] == "ready")
         assert client.status()["adapters"] == ["base"]
     assert daemon.poll() is None
+
+
+def events(box: Box) -> list[str]:
+    (name,) = (path.stem for path in box.runtime.glob("*.json"))
+    return [e["event"] for e in box.events(name)]
+
+
+def restart(box: Box, daemon: "subprocess.Popen[str]", client: RawClient) -> None:
+    """Kill an engine and wait until another is in its place."""
+    (engine,) = children(daemon.pid)
+    num_ready = events(box).count("ready")
+    os.kill(engine, signal.SIGKILL)
+    wait_until(lambda: events(box).count("ready") > num_ready)
+
+
+def names(client: RawClient) -> list[str]:
+    return [adapter["name"] for adapter in client.ask(Kind.ADAPTERS).body["adapters"]]
+
+
+def test_an_engine_that_starts_again_has_what_the_last_one_had(box: Box) -> None:
+    one, two, three = (write_adapter(box, name, f"{name}:") for name in ("one", "two", "three"))
+    daemon = box.daemon(0.0, f"RUNS={one} {two}")
+    admin = box.record("one").admin
+    with RawClient(box.record("one")) as client:
+        assert client.ask(Kind.UNLOAD, adapter="one", admin=admin).body["unloaded"].startswith("one@")
+        # Not even its folder is needed any more.
+        shutil.rmtree(one)
+        assert client.ask(Kind.LOAD, run=three, admin=admin).body["loaded"].startswith("three@")
+        restart(box, daemon, client)
+        wait_until(lambda: names(client) == ["base", "two", "three"])
+        assert client.ask(Kind.UNLOAD, adapter="two", admin=admin).kind is Kind.ADAPTERS
+        assert client.ask(Kind.UNLOAD, adapter="three", admin=admin).kind is Kind.ADAPTERS
+        write_adapter(box, "one", "one:")
+        # Nothing is left: the base comes from the runs of the beginning, which go again.
+        restart(box, daemon, client)
+        wait_until(lambda: names(client) == ["base"])
+        assert client.collect(client.submit("x", adapter="two"))[1].body["code"] == "E_NO_ADAPTER"
+
+
+def test_a_run_that_cannot_be_loaded_again_is_told_in_the_log(box: Box) -> None:
+    daemon = box.daemon()
+    with RawClient(box.record()) as client:
+        load(client, box, one := write_adapter(box, "one", "1:"))
+        load(client, box, write_adapter(box, "two", "2:"))
+        shutil.rmtree(one)
+        restart(box, daemon, client)
+        wait_until(lambda: names(client) == ["base", "two"])
+        (refused,) = (e for e in box.events() if e["event"] == "engine refused")
+        assert (refused["engine"], refused["code"]) == (0, "E_ADAPTER_INCOMPATIBLE") and one in refused["why"]
+        assert client.collect(client.submit("x", adapter="one"))[1].body["code"] == "E_NO_ADAPTER"
+        # It is loaded as soon as it can be.
+        load(client, box, write_adapter(box, "one", "1:"))
+        assert text_of(client.collect(client.submit("x", adapter="one"))[0]) == "1:x"
 
 
 def test_the_echo_engine_serves_the_runs_that_it_is_told(box: Box) -> None:

@@ -86,6 +86,13 @@ def test_no_depth_of_a_message_ends_the_daemon(box: Box) -> None:
     assert [e for e in box.events() if e["event"] == "mistake"] == []
 
 
+def test_a_submission_needs_an_id(box: Box) -> None:
+    box.daemon()
+    with RawClient(box.record()) as client:
+        assert client.collect(client.submit("x", bytes(16)))[1].body["code"] == "E_BAD_REQUEST"
+        assert client.is_quiet() and client.status()["waiting"] == 0
+
+
 def test_few_bytes_that_are_many_values_cost_little(box: Box) -> None:
     box.daemon()
     with RawClient(box.record()) as client:
