@@ -1,10 +1,12 @@
 """Our client where a connection breaks, and where the daemon behind it has forgotten the client or is another one."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,8 @@ def test_another_daemon_at_the_same_address_is_noticed(box: Box, is_question: bo
     asyncio.run(talk())
 
 
-def start_loading(box: Box) -> tuple["subprocess.Popen[str]", int]:
+@contextlib.contextmanager
+def loading(box: Box) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """(a daemon that answers, the pid of its engine, which was stopped before it has loaded)."""
     daemon = box.start("daemon", "HOLD=echo")
 
@@ -95,14 +98,16 @@ def start_loading(box: Box) -> tuple["subprocess.Popen[str]", int]:
     # Before it runs its own program, the daemon waits for it.
     (engine,) = wait_until(lambda: [pid for pid in children(daemon.pid) if program(pid) != program(daemon.pid)])
     os.kill(engine, signal.SIGSTOP)
-    wait_until(lambda: (box.runtime / "echo.json").exists())
-    return daemon, engine
+    try:
+        wait_until(lambda: (box.runtime / "echo.json").exists())
+        yield daemon, engine
+    finally:
+        # Stopped so early, it would outlive its daemon.
+        os.kill(engine, signal.SIGKILL)
 
 
 def test_a_connection_that_breaks_while_the_daemon_loads(box: Box, quick: None) -> None:
-    _, engine = start_loading(box)
-
-    async def talk() -> str:
+    async def talk(engine: int) -> str:
         # Over tcp it cannot be seen that a daemon has gone.
         with Client(dataclasses.replace(box.record(), pid=0)) as client:
             greeting = asyncio.create_task(client.greet(lambda *_: None))
@@ -115,13 +120,12 @@ def test_a_connection_that_breaks_while_the_daemon_loads(box: Box, quick: None) 
                 await greeting
             return await whole(client, TEXT)
 
-    assert asyncio.run(talk()) == TEXT
+    with loading(box) as (_, engine):
+        assert asyncio.run(talk(engine)) == TEXT
 
 
 def test_a_daemon_that_hangs_while_it_loads_is_not_waited_for(box: Box, quick: None) -> None:
-    daemon, engine = start_loading(box)
-
-    async def talk() -> None:
+    async def talk(daemon: "subprocess.Popen[str]") -> None:
         with Client(box.record()) as client:
             greeting = asyncio.create_task(client.greet(lambda *_: None))
             while not client.limits:
@@ -131,8 +135,8 @@ def test_a_daemon_that_hangs_while_it_loads_is_not_waited_for(box: Box, quick: N
                 async with asyncio.timeout(10):
                     await greeting
 
-    asyncio.run(talk())
-    os.kill(engine, signal.SIGKILL)
+    with loading(box) as (daemon, _):
+        asyncio.run(talk(daemon))
 
 
 def test_a_door_that_is_found_shut_thousands_of_times_can_be_opened_again(
