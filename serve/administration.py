@@ -98,12 +98,22 @@ class Administration:
         if refusal := self._refusal(sender, message, num_bytes):
             self._send(Lane.CONTROL, sender, refusal)
             return
-        ready = set(self._fleet.ready)
-        asked = {min(ready)} if message.kind is Kind.TOKENIZE else ready
+        asked = self._asked(message)
         run = message.body.get("run", "")
-        self._questions[inner] = Question(sender, message.kind, message.request, num_bytes, set(asked), run)
+        self._questions[inner] = Question(sender, message.kind, message.request, num_bytes, asked, run)
         for number in asked:
             self._forward(number, question)
+
+    def _asked(self, message: Message) -> set[int]:
+        """Which engines a question is for."""
+        ready = set(self._fleet.ready)
+        if message.kind is Kind.TOKENIZE:
+            return {min(ready)}
+        if message.kind is Kind.UNLOAD:
+            # An engine that could not load an adapter again need not unload it.
+            name = message.body["adapter"].partition("@")[0]
+            return {number for number in ready if name in self._runs_at(number)} or ready
+        return ready
 
     def _refusal(self, sender: bytes, message: Message, num_bytes: int) -> Message | None:
         """Why this question cannot be asked now, if so."""

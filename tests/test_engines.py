@@ -182,6 +182,33 @@ def test_a_run_that_cannot_be_loaded_again_is_told_in_the_log(box: Box) -> None:
         assert text_of(client.collect(client.submit("x", adapter="one"))[0]) == "1:x"
 
 
+def test_an_adapter_is_unloaded_by_all_engines_or_by_none(box: Box) -> None:
+    daemon = box.daemon(0.05, "NGPU=2")
+    with RawClient(box.record()) as client:
+        wait_until(lambda: [e["state"] for e in client.status()["engines"]] == ["ready", "ready"])
+        admin, run = box.record().admin, write_adapter(box, "one", "1:")
+        key = load(client, box, run)
+        # The engines take turns: while one is answering, the other would let the adapter go.
+        running = client.submit("x" * 900, adapter="one")
+        wait_until(lambda: client.status()["engines"][0]["busy_slots"] == 1)
+        refused = client.ask(Kind.UNLOAD, adapter="one", admin=admin)
+        assert refused.body["code"] == "E_NO_ADAPTER" and "is answering" in refused.body["message"]
+        other = client.submit("x", adapter=key)
+        assert text_of(client.collect(other)[0]) == "1:x"
+        client.cancel(running)
+        wait_until(lambda: client.ask(Kind.UNLOAD, adapter="one", admin=admin).body.get("unloaded") == key)
+        assert names(client) == ["base"]
+        # An engine that could not load it when it started again is not in the way.
+        load(client, box, run)
+        shutil.rmtree(run)
+        pid = client.status()["engines"][1]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "engine refused" in events(box))
+        assert client.ask(Kind.UNLOAD, adapter="one", admin=admin).body.get("unloaded") == key
+        assert names(client) == ["base"]
+    assert daemon.poll() is None
+
+
 def test_the_echo_engine_serves_the_runs_that_it_is_told(box: Box) -> None:
     runs = [write_adapter(box, name, f"{name}:") for name in ("one", "two")]
     box.daemon(0.0, f"RUNS={' '.join(runs)}")
