@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serve import runs
+from serve.errors import UserError
 from serve.fleet import Fleet
 from serve.open_requests import Lane, Sent
 from serve.protocol import ADMIN, NO_REQUEST, Code, Kind, Message, encode, error
@@ -119,6 +121,11 @@ class Administration:
         """Why this question cannot be asked now, if so."""
         if not self._fleet.ready:
             return error(message.request, Code.LOADING, "no engine is ready yet; try again in a moment")
+        if message.kind is Kind.LOAD:
+            try:
+                runs.check_name(message.body["run"])
+            except UserError as fault:
+                return error(message.request, Code.ADAPTER_INCOMPATIBLE, str(fault))
         own = sum(question.asker == sender for question in self._questions.values())
         taken = sum(question.num_bytes for question in self._questions.values())
         for have, more, most, whose in (
@@ -171,10 +178,10 @@ class Administration:
 
     # What is wanted, and what is there.
 
-    def wanted(self, runs: tuple[str, ...]) -> tuple[str, ...]:
+    def wanted(self, given: tuple[str, ...]) -> tuple[str, ...]:
         """With which of these an engine shall start; with all where none is left, for they tell the base."""
         paths = {Path(run).absolute() for run in self.runs.values()}
-        return tuple(run for run in runs if Path(run).absolute() in paths) or runs
+        return tuple(run for run in given if Path(run).absolute() in paths) or given
 
     def engine_ready(self, number: int) -> None:
         """The first engine tells what there is; the others, and those that start again, follow."""

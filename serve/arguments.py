@@ -205,8 +205,6 @@ def _folders(values: dict[str, str], default: str) -> tuple[str, ...]:
         if name in paths:
             same = "named twice" if Path(paths[name]).absolute() == Path(folder).absolute() else "two runs of that name"
             raise UserError(f"RUNS: {folder}: {same}; try another run, or rename one of the folders")
-        if name == "base" and len(folders) > 1:
-            raise UserError(f"RUNS: {folder}: base is what the model without an adapter is called; rename the folder")
         paths[name] = folder
     return tuple(folders)
 

@@ -4,18 +4,29 @@ import json
 import os
 from pathlib import Path
 
+from serve.engine import BASE
 from serve.errors import UserError, nearest
 
 RUNS = Path("runs")
 
 
 def locate(run: str) -> str:
-    """A folder as it was given; a bare name means `runs/<name>`, unless only the current folder has it."""
+    """A folder as it was given; a bare name means `runs/<name>`, unless only the current folder has it.
+
+    Raises `UserError` for a name that no run can have.
+    """
     path = Path(run.rstrip("/") or run)
     is_bare = len(path.parts) == 1 and run == path.name
     if is_bare and ((RUNS / path).exists() or not path.exists()):
         path = RUNS / path
-    return str(path) if path.name else str(path.resolve())
+    return check_name(str(path) if path.name else str(path.resolve()))
+
+
+def check_name(run: str) -> str:
+    """The same folder; raises `UserError` for a name that means something else to who asks for an answer."""
+    if Path(run).name == BASE:
+        raise UserError(f"{run}: {BASE} is what the model without an adapter is called; rename the folder")
+    return run
 
 
 def check_finished(run: str) -> None:
@@ -45,7 +56,7 @@ def only_run() -> str:
         raise UserError(f"there is no finished run in {RUNS}{os.sep} yet; train one: make train")
     if len(runs) > 1:
         raise UserError(f"which run? Try RUN={runs[0]}; there are: {', '.join(runs)}")
-    return runs[0]
+    return check_name(runs[0])
 
 
 def _read(manifest: Path) -> dict[str, str]:

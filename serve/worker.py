@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve import submission
-from serve.engine import AdapterError, AdapterInfo, Engine, Sampling, TooLongError, resolve
+from serve.engine import BASE, AdapterError, AdapterInfo, Engine, Sampling, TooLongError, resolve
 from serve.pace import Pace, num_read_together
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, error
 from serve.slots import Request, SlotTable
@@ -231,7 +231,8 @@ class Worker:
         """Unload what a newer adapter of the same name has replaced, once nobody is answered by it."""
         newest = {adapter.name: adapter.key for adapter in self.engine.info.adapters}
         for adapter in self.engine.info.adapters:
-            if newest[adapter.name] != adapter.key and not self.table.uses(adapter.key):
+            is_old = adapter.key not in (BASE, newest[adapter.name])
+            if is_old and not self.table.uses(adapter.key):
                 self.engine.unload_adapter(adapter.key)
                 self._tell_adapters(NO_REQUEST, unloaded=adapter.key)
 

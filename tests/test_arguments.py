@@ -46,6 +46,9 @@ def test_what_the_words_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match=r"runs/b is not finished"):
         arguments.require_finished(several)
     assert arguments.require_finished(Arguments()).runs == ("runs/a",)
+    (tmp_path / "runs" / "a").rename(tmp_path / "runs" / "base")
+    with pytest.raises(UserError, match=r"runs/base: .* rename the folder"):
+        arguments.require_finished(Arguments())
     chat = arguments.parse("chat", ["CONNECT=box:5555", "ADAPTER=a@12"])
     assert (chat.connect, chat.adapter, chat.runs) == ("box:5555", "a@12", ())
 
@@ -68,6 +71,8 @@ MISTAKES = {
     "daemon RUNS=a,runs/a": "named twice",
     "daemon RUNS=a,old/a": "two runs of that name",
     "daemon RUNS=a,base": "rename the folder",
+    "daemon RUN=old/base/": "rename the folder",
+    "chat RUN=base": "rename the folder",
     "daemon RUNS=a,b HOLD=merged": "try HOLD=adapters",
     "daemon serve.slot=1": "did you mean slots?",
     "daemon serve.slots=many": "whole number from 0 to 256",

@@ -209,6 +209,17 @@ def test_an_adapter_is_unloaded_by_all_engines_or_by_none(box: Box) -> None:
     assert daemon.poll() is None
 
 
+def test_no_run_takes_the_name_of_the_base(box: Box) -> None:
+    daemon = box.daemon(0.0)
+    with RawClient(box.record()) as client:
+        for run in (folder := write_adapter(box, "base", "1:"), f"{folder}/", f"{folder}/."):
+            refused = client.ask(Kind.LOAD, run=run, admin=box.record().admin)
+            assert refused.body["code"] == "E_ADAPTER_INCOMPATIBLE" and "rename the folder" in refused.body["message"]
+        assert text_of(client.collect(client.submit("x"))[0]) == "x"
+    assert box.run("load", f"ADAPTER={folder}").stderr.count("rename the folder") == 1
+    assert daemon.poll() is None and "engine died" not in events(box)
+
+
 def test_the_echo_engine_serves_the_runs_that_it_is_told(box: Box) -> None:
     runs = [write_adapter(box, name, f"{name}:") for name in ("one", "two")]
     box.daemon(0.0, f"RUNS={' '.join(runs)}")

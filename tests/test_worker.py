@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +239,15 @@ def test_prompts_that_cannot_be_read_end_only_themselves(what: str, least: int, 
     while not worker.is_idle:
         worker.turn()
     assert sent[-1].kind is Kind.DONE and not engine._answers
+
+
+def test_an_older_version_of_an_adapter_goes_and_the_base_never(tmp_path: Path) -> None:
+    worker = Worker(EchoEngine(), lambda message: None)
+    for name in ("one", "base"):
+        (tmp_path / name).mkdir()
+        for prefix in ("old", "new"):
+            (tmp_path / name / "prefix").write_text(prefix)
+            worker.receive(Message(Kind.LOAD, body={"run": str(tmp_path / name)}))
+    worker.turn()
+    keys = [adapter.key for adapter in worker.engine.info.adapters]
+    assert "base" in keys and [key.partition("@")[0] for key in keys].count("one") == 1
