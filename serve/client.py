@@ -1,17 +1,15 @@
 """The client side of the protocol: connect to a daemon, ask, cancel. One request at a time."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, Self
 
 from serve.connection import Connection, is_bad_request
 from serve.errors import EngineError, RequestError, ServeError, UserError
-from serve.pieces import Accepted, Answer, Delta, Done, Piece, Waiting, new_id, refusal
+from serve.pieces import Answer, Delta, Done, Piece, new_id, refusal
 from serve.protocol import CREDIT_WINDOW, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, NO_REQUEST, Code, Kind, Message, encode
 from serve.runtime import Record
 from serve.submission import Submission
-
-__all__ = ["Accepted", "Client", "Delta", "Done", "Piece", "ShowProgress", "Waiting", "connect"]
 
 # The daemon drops a question that no engine has answered for so long.
 QUESTION_SECONDS = 300.0
@@ -61,7 +59,7 @@ class Client:
 
     # One answer.
 
-    async def ask(self, messages: list[dict[str, Any]], **options: Any) -> AsyncIterator[Piece]:
+    async def ask(self, messages: list[dict[str, Any]], **options: Any) -> AsyncGenerator[Piece, None]:
         """The answer in pieces, `Done` last; `options` are the other fields of a `Submission`. Whoever breaks it off ends it.
 
         Raises `RequestError`, `NoDaemonError` if the daemon dies or hangs, `ServeError` if the text is not what was sent.

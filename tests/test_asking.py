@@ -15,8 +15,9 @@ from serve.chat.answers import Outcome, Shown
 from serve.chat.conversation_events import Answer, Others, Regenerate, User
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.talk import Talk
-from serve.client import Accepted, Client, Delta, Done, Piece
+from serve.client import Client
 from serve.errors import RequestError, ServeError
+from serve.pieces import Accepted, Delta, Done, Piece
 from serve.protocol import Code
 
 NAMES = ("base", "one", "two")

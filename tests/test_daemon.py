@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from serve import runtime
-from serve.client import Delta, Done, connect
+from serve.client import connect
 from serve.errors import NoDaemonError, RequestError, UserError
+from serve.pieces import Delta, Done
 from serve.protocol import CREDIT_WINDOW, MAGIC, Kind, Message, decode
 from tests.serve_fixtures import PATIENCE, ROOT, Box, RawClient, box, children, text_of, wait_until
 

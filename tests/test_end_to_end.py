@@ -8,7 +8,8 @@ import torch
 
 from launcher import cafe, models
 from launcher.weights import cache_dir
-from serve.client import Delta, connect
+from serve.client import connect
+from serve.pieces import Delta
 from tests.running import run_python
 from tests.serve_fixtures import PATIENCE, box  # noqa: F401
 from tests.slot_answers import engine

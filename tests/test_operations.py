@@ -8,8 +8,9 @@ import urllib.request
 
 import pytest
 
-from serve.client import Accepted, Delta, Done, connect
+from serve.client import connect
 from serve.errors import RequestError
+from serve.pieces import Accepted, Delta, Done
 from serve.protocol import Kind
 from tests.serve_fixtures import PATIENCE, Box, RawClient, box, text_of, wait_until
 from tests.test_security import free_ports

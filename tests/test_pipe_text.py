@@ -7,7 +7,7 @@ import pytest
 
 from serve.chat import outputs
 from serve.chat.files import read_file
-from serve.client import Delta, Done
+from serve.pieces import Delta, Done
 from tests.pipes import FORMS, PYTHON, check_ending, objects, pipe
 from tests.serve_fixtures import Box, Screen, box
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from serve.client import Delta, Done, connect
+from serve.client import connect
+from serve.pieces import Delta, Done
 from tests.serve_fixtures import Box, box
 from tests.test_security import free_ports
 

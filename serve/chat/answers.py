@@ -9,8 +9,9 @@ from serve.chat.markdown import Markdown
 from serve.chat.phrases import say
 from serve.chat.screen import Screen, width
 from serve.chat.width import Span, cells, columns
-from serve.client import Accepted, Client, Delta, Done, Piece
+from serve.client import Client
 from serve.errors import RequestError, ServeError
+from serve.pieces import Accepted, Delta, Done, Piece
 from serve.protocol import Code
 
 STYLE = re.compile(r"\x1b\[[0-9;]*m")

@@ -13,8 +13,9 @@ from serve.chat.phrases import say
 from serve.chat.room import make_room
 from serve.chat.sampling import options_of
 from serve.chat.talk import Talk
-from serve.client import Accepted, Client, Delta, Done, Piece, Waiting, connect
+from serve.client import Client, connect
 from serve.errors import NoDaemonError, RequestError, ServeError
+from serve.pieces import Accepted, Delta, Done, Piece, Waiting
 from serve.protocol import Code
 
 

@@ -6,7 +6,6 @@ import sys
 from typing import Any, Protocol
 
 from serve.chat.printable import printable
-from serve.client import Accepted, Delta, Done, Piece
 from serve.errors import (
     EXIT_CANCELLED,
     EXIT_CONTEXT,
@@ -17,6 +16,7 @@ from serve.errors import (
     RequestError,
     ServeError,
 )
+from serve.pieces import Accepted, Delta, Done, Piece
 
 # The `code` of an error that is none of the protocol's.
 CODES = {

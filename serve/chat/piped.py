@@ -1,6 +1,7 @@
 """One question from a pipe, its answer to stdout. No colours, no prompt, an exit code for every ending."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 from typing import Any
@@ -70,8 +71,9 @@ async def answer(client: Client, question: str, arguments: Arguments) -> int:
 async def _stream(client: Client, messages: list[dict[str, Any]], options: dict[str, Any], output: Output) -> None:
     # In a thread, so that a slow reader of ours does not make the daemon think that we are gone.
     try:
-        async for piece in client.ask(messages, **options):
-            await asyncio.to_thread(write, output.show(piece))
+        async with contextlib.aclosing(client.ask(messages, **options)) as pieces:
+            async for piece in pieces:
+                await asyncio.to_thread(write, output.show(piece))
     finally:
         await asyncio.to_thread(write, output.close())
 

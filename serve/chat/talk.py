@@ -13,14 +13,17 @@ from serve.chat.conversation_events import Begin, Event
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.phrases import say
 from serve.chat.screen import Screen, prose
-from serve.client import Client, Done, ShowProgress, connect
+from serve.client import Client, ShowProgress, connect
 from serve.engine import BASE, AdapterError, AdapterInfo, resolve
 from serve.errors import EngineError, NoDaemonError, RequestError, ServeError, UserError
+from serve.pieces import Done
 from serve.protocol import Code
 from serve.starter import Origin
 
 # How long to wait between two looks for a daemon, from the first to the last.
 FIRST_DELAY, LAST_DELAY = 0.1, 8.0
+# How long a busy engine may take to count: the person waits, and the next answer tells the count, too.
+COUNT_SECONDS = 3.0
 
 
 class Talk:
@@ -148,12 +151,13 @@ class Talk:
         question = {"role": "user", "content": "\n\n".join(self.attached)}
         messages: list[dict[str, Any]] = [*self.conversation.messages(), question]
         try:
-            self.used = (await self.client.tokenize(messages, self.adapter))["tokens"]
+            async with asyncio.timeout(COUNT_SECONDS):
+                self.used = (await self.client.tokenize(messages, self.adapter))["tokens"]
         except RequestError as fault:
             # What is far too long is not counted.
             if fault.code == Code.CONTEXT:
                 self.used = self.context + 1
-        except ServeError:
+        except (ServeError, TimeoutError):
             return
         self.screen.show([])
 
