@@ -14,11 +14,12 @@ from serve.bundle import Bundle
 from serve.echo import open_echo
 from serve.engine import Engine
 from serve.errors import EXIT_ENGINE, EXIT_USAGE, UserError
+from serve.faults import first_line
 from serve.inbox import Inbox
 from serve.lifeline import follow_parent
 from serve.load import Load
 from serve.protocol import NO_REQUEST, Code, Kind, Message, error
-from serve.worker import Worker, first_line
+from serve.worker import Worker
 
 PROGRESS_SECONDS = 0.05
 

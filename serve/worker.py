@@ -12,6 +12,7 @@ from typing import Any
 
 from serve import submission
 from serve.engine import BASE, AdapterError, AdapterInfo, Engine, Sampling, TooLongError, resolve
+from serve.faults import engine_code, first_line
 from serve.pace import Pace, num_read_together
 from serve.protocol import NO_REQUEST, Code, Kind, Message, ProtocolError, error
 from serve.slots import Request, SlotTable
@@ -33,6 +34,8 @@ class Worker:
         self._send, self._flush = send, flush
         self._pace = Pace(engine.info.chunk)
         self._failures = 0
+        # What the daemon knows of the engine.
+        self._told = engine.info
 
     @property
     def is_idle(self) -> bool:
@@ -73,6 +76,8 @@ class Worker:
         if len(self.table.occupied) > len(self.table.reading):
             self._step()
         self._retire()
+        if self.engine.info is not self._told:
+            self._tell(NO_REQUEST)
         self._flush()
 
     # Messages.
@@ -120,17 +125,22 @@ class Worker:
     def _load(self, message: Message) -> None:
         adapter = self.engine.load_adapter(message.body["run"])
         self._retire()
-        self._tell_adapters(message.request, loaded=adapter.key)
+        self._tell(message.request, loaded=adapter.key)
 
     def _unload(self, message: Message) -> None:
         adapter = resolve(self.engine.info.adapters, message.body["adapter"])
         if self.table.uses(adapter.key):
             raise AdapterError(f"{adapter.key} is answering; try again when its requests are over")
         self.engine.unload_adapter(adapter.key)
-        self._tell_adapters(message.request, unloaded=adapter.key)
+        self._tell(message.request, unloaded=adapter.key)
 
-    def _tell_adapters(self, request: bytes, **what: Any) -> None:
-        self._send(Message(Kind.ADAPTERS, request, {"info": dataclasses.asdict(self.engine.info), **what}))
+    def _tell(self, request: bytes, **what: Any) -> None:
+        """Send what is loaded now; in the engine's own log stands what became of its CUDA graphs."""
+        info = self.engine.info
+        if info.graphs != self._told.graphs:
+            print(f"CUDA graphs: {info.graphs}", flush=True)
+        self._told = info
+        self._send(Message(Kind.ADAPTERS, request, {"info": dataclasses.asdict(info), **what}))
 
     # Turns.
 
@@ -234,16 +244,4 @@ class Worker:
             is_old = adapter.key not in (BASE, newest[adapter.name])
             if is_old and not self.table.uses(adapter.key):
                 self.engine.unload_adapter(adapter.key)
-                self._tell_adapters(NO_REQUEST, unloaded=adapter.key)
-
-
-def engine_code(fault: BaseException) -> Code:
-    """E_OOM for an allocation that failed, E_ENGINE for the rest. torch's error is known by name: torch is not here."""
-    is_memory = isinstance(fault, MemoryError) or type(fault).__name__ == "OutOfMemoryError"
-    return Code.OOM if is_memory or "allocate memory" in str(fault) else Code.ENGINE
-
-
-def first_line(fault: BaseException) -> str:
-    """An exception as one line."""
-    lines = str(fault).strip().splitlines()
-    return lines[0] if lines else type(fault).__name__
+                self._tell(NO_REQUEST, unloaded=adapter.key)

@@ -1,6 +1,7 @@
 """Turns of an engine: how much of the prompts each reads, and what it says to the daemon at once."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from serve.inbox import TURN_SECONDS, Inbox
 from serve.pace import ALONE_CHUNKS, ALONE_SECONDS, FIRST, SECONDS, UNIT, Pace, num_read_together
 from serve.protocol import Kind, Message, encode
 from serve.worker import Worker
+from tests.test_broker import Wires
 
 
 def test_short_prompts_are_read_together_and_a_long_one_alone() -> None:
@@ -251,3 +253,29 @@ def test_an_older_version_of_an_adapter_goes_and_the_base_never(tmp_path: Path) 
     worker.turn()
     keys = [adapter.key for adapter in worker.engine.info.adapters]
     assert "base" in keys and [key.partition("@")[0] for key in keys].count("one") == 1
+
+
+class Recording(EchoEngine):
+    """Cannot record its second step, nor any other."""
+
+    def step(self) -> dict[int, int]:
+        tokens = super().step()
+        if self.info.graphs != "off: no memory" and any(len(answer) < 5 for answer in self._answers.values()):
+            self.info = dataclasses.replace(self.info, graphs="off: no memory")
+        return tokens
+
+
+def test_what_became_of_the_graphs_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    sent: list[Message] = []
+    worker = Worker(Recording(), sent.append)
+    wires = Wires(is_ready=False)
+    wires.hear(Message(Kind.READY, body={"info": dataclasses.asdict(worker.engine.info)}))
+    assert wires.broker.status()["info"]["graphs"] == "off"
+    for number in range(2):
+        submit(worker, number, "hello again")
+        while not worker.is_idle:
+            worker.turn()
+    (news,) = (message for message in sent if message.kind is Kind.ADAPTERS)
+    wires.hear(news)
+    assert wires.broker.status()["info"]["graphs"] == "off: no memory"
+    assert capsys.readouterr().out == "CUDA graphs: off: no memory\n"
