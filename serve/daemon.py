@@ -26,18 +26,7 @@ from serve.lifeline import follow_parent
 from serve.metrics import serve_metrics
 from serve.open_requests import Lane, Sent
 from serve.progress import Progress
-from serve.protocol import (
-    MAX_CONTROL_BYTES,
-    MAX_MESSAGE_BYTES,
-    NO_REQUEST,
-    NUM_FRAMES,
-    Code,
-    Kind,
-    Message,
-    ProtocolError,
-    decode,
-    encode,
-)
+from serve.protocol import MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, Code, Kind, Message, ProtocolError, decode, encode
 from serve.wire import send_now
 
 TICK_SECONDS = 0.1
@@ -150,8 +139,7 @@ class Daemon:
         place = traceback.extract_tb(fault.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         self._log("mistake", what=type(fault).__name__, where=where)
-        request = frames[2] if len(frames) == NUM_FRAMES else NO_REQUEST
-        return ProtocolError(Code.INTERNAL, f"a mistake of the daemon's ({where}); try another question", request)
+        return ProtocolError(Code.INTERNAL, f"a mistake of the daemon's ({where}); try another question", *frames[2:3])
 
     def _on_engine(self, number: int, message: Message) -> None:
         is_loading = self._broker.state == "loading"
