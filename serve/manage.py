@@ -1,6 +1,5 @@
 """`status`, `load`, `unload` and `stop`: what the owner of a daemon asks of it from the command line."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from serve.client import Client, connect
 from serve.engine import AdapterInfo
 from serve.errors import EXIT_DONE, UserError
 from serve.runtime import Record
-
-GONE_POLL_SECONDS = 0.1
 
 
 async def run(command: str, arguments: Arguments) -> int:
@@ -45,8 +42,7 @@ async def _stop(client: Client, record: Record) -> None:
     status = await client.drain()
     if num_open := status["busy_slots"] + status["waiting"]:
         print(f"{num_open} requests are answered first", flush=True)
-    while record.is_alive:
-        await asyncio.sleep(GONE_POLL_SECONDS)
+    await starter.wait_until_gone(record)
     print(f"{record.run} is no longer served")
 
 
@@ -68,6 +64,8 @@ def describe(served: tuple[str, ...], status: dict[str, Any]) -> str:
         *(_adapter(AdapterInfo(**fields)) for fields in info.get("adapters", ())),
         *(_engine(number, engine) for number, engine in enumerate(status["engines"])),
         f"memory      {memory / 2**20:,.0f} MiB in all processes",
+        # On a processor nothing is recorded, and there is nothing to say.
+        *([f"CUDA graphs {graphs}"] if (graphs := info.get("graphs", "off")) != "off" else []),
         *(f"note        {note}" for note in info.get("notes", ())),
     ]
     return "\n".join(lines)
