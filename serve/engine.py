@@ -65,7 +65,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1: no limit.
+    """How the next token is chosen. Temperature 0, or below 1e-5, is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1: no limit.
 
     `seed` None asks for a drawn one.
     """

@@ -6,7 +6,7 @@ import pytest
 
 from launcher import cafe
 from serve.engine import AdapterError, Sampling
-from serve.graphs import Graphs
+from serve.graphs import Graphs, Recording
 from tests.derived_runs import derive, train
 from tests.slot_answers import answer, engine
 
@@ -99,9 +99,9 @@ def test_an_adapter_that_is_refused_leaves_no_recorded_steps(run, tmp_path):
     silent = derive(run, tmp_path / "silent", 1, strength=0.0)
     recorded = []
 
-    def record(step, inputs):
+    def record(step, inputs, pool):
         recorded.append(step(inputs))
-        return lambda: None, recorded[-1]
+        return Recording(lambda: None, recorded[-1])
 
     ours._graphs = Graphs(record)
     tokens_of(ours, ids)
