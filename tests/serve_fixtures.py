@@ -299,12 +299,20 @@ class Screen:
         return self.said[before:]
 
     def settle(self, quiet: float = 0.3, seconds: float = PATIENCE) -> None:
-        """Read on until nothing more comes."""
+        """Read on until nothing more comes, and the program waits for something to do."""
         end = time.monotonic() + seconds
-        while select.select([self.master], [], [], quiet)[0]:
+        while select.select([self.master], [], [], quiet)[0] or self.is_at_work:
             assert time.monotonic() < end, f"still drawing:\n{self.text}"
             if not self.read(0.0):
                 return
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the program computes, would if it had a processor, or waits for the disk."""
+        with contextlib.suppress(OSError):
+            stats = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/stat")]
+            return any(stat.rpartition(") ")[2][0] in "RD" for stat in stats)
+        return False
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """Read on until the program has ended; its exit code."""
