@@ -21,11 +21,14 @@ from launcher.variables import FRONT_DOOR, Variables
 from launcher.weights import fetch, fetch_words, require_token
 
 
-def make_plan(args: list[str]) -> tuple[Variables, Config, Splits, Plan]:
-    """Check everything that can be checked without torch, and decide what will run."""
+def read(args: list[str]) -> tuple[Variables, Config]:
+    """What was given, and the configuration that it composes."""
     given = variables.parse(args)
-    config = load(given)
-    require_token(card(config.model.name))
+    return given, load(given)
+
+
+def make_plan(args: list[str], given: Variables, config: Config) -> tuple[Splits, Plan]:
+    """Check everything that can be checked without torch and without weights, and decide what will run."""
     hardware = describe(given.hardware) if given.hardware else detect()
     ngpu = given.ngpu or (hardware.num_gpus if given.hardware and config.adapter.method != "qlora" else 1)
     machines = nodes(given, config)
@@ -35,8 +38,7 @@ def make_plan(args: list[str]) -> tuple[Variables, Config, Splits, Plan]:
     model = find_architecture(config)
     longest = min(config.data.max_length, splits.longest_tokens, model.context if model else config.data.max_length)
     train_args = [arg for arg in args if arg.partition("=")[0] not in FRONT_DOOR and not arg.endswith("=")]
-    decided = plan(config, ngpu, hardware, train_args, Demand(model, longest), machines)
-    return given, config, splits, decided
+    return splits, plan(config, ngpu, hardware, train_args, Demand(model, longest), machines)
 
 
 def nodes(given: Variables, config: Config) -> Nodes:
@@ -62,7 +64,8 @@ def find_architecture(config: Config) -> Architecture | None:
 
 def run_plan(args: list[str]) -> int:
     """`make plan`: show what `make train` would do, and do nothing; with PROBE=yes try a few steps of it."""
-    given, config, splits, decided = make_plan(args)
+    given, config = read(args)
+    splits, decided = make_plan(args, given, config)
     for line in plan_lines(config, decided, len(splits.train)):
         print(line)
     if given.is_probed:
@@ -78,10 +81,12 @@ def run_plan(args: list[str]) -> int:
 
 def run_train(args: list[str]) -> int:
     """`make train`: check, plan, bring the weights here, then become the training program or look after several."""
-    given, config, _, decided = make_plan(args)
+    given, config = read(args)
     for name, value in (("HARDWARE", given.hardware), ("PROBE", given.is_probed)):
         if value:
             raise UserError(f"{name} is for planning, a training takes what there is; try: make plan, or without it")
+    require_token(card(config.model.name))
+    _, decided = make_plan(args, given, config)
     is_resumed = rundir.check_claim(config)
     rundir.make_folder(config.run_dir)
     if not is_resumed:
@@ -96,7 +101,7 @@ def run_train(args: list[str]) -> int:
 
 def run_data(args: list[str]) -> int:
     """`make data`: show what would be learned: counts, and one example with its trained part marked."""
-    config = load(variables.parse(args))
+    _, config = read(args)
     require_token(card(config.model.name))
     splits = data.read(config.data)
     folder = fetch_words(card(config.model.name), config.model.revision)

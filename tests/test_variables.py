@@ -81,6 +81,17 @@ def test_make_refuses_before_it_sets_anything_up(tmp_path, word):
     assert not (tmp_path / "venv").exists()
 
 
+def test_a_gated_model_is_planned_without_a_token(tmp_path):
+    nobody = {"HUGGINGFACE_TOKEN": "", "HF_TOKEN": "", "HF_HOME": str(tmp_path)}
+    done = run_python("-m", "launcher", "plan", "MODEL=llama-7b", "HARDWARE=2x80GB", env=nobody)
+    assert done.returncode == 0, done.stderr
+    assert "Next: " in done.stdout
+    for command in ("train", "data"):
+        refused = run_python("-m", "launcher", command, "MODEL=llama-7b", env=nobody)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "export HUGGINGFACE_TOKEN" in refused.stderr
+
+
 def test_the_token_is_never_shown():
     done = run_python(
         "-m", "launcher", "plan", "MODEL=llama-7b", "HARDWARE=80GB", env={"HUGGINGFACE_TOKEN": "hf_secret"}
