@@ -117,8 +117,6 @@ def encode(
         _refuse_long(num_long, lengths, places, longest)
     if empty and data.on_error == "stop":
         raise_faults(empty)
-    if not examples:
-        raise UserError("no example is left to learn from; try a larger data.max_length, or other data")
     return join(examples, num_long, len(empty))
 
 
@@ -163,10 +161,24 @@ def encode_splits(tokenizer: Any, folder: Path, splits: Splits, data: Data, long
         if not file.is_file():
             train = encode(tokenizer, splits.train, splits.train_places, data, longest)
             held_out = encode(tokenizer, splits.held_out, splits.held_out_places, data, longest)
+            _require_some(train, held_out, splits)
             write_atomically(file, tensors.save({**_pack("train", train), **_pack("held_out", held_out)}))
             _forget_old(file.parent)
     saved = tensors.load_file(file)
     return _unpack("train", saved), _unpack("held_out", saved)
+
+
+def _require_some(train: Examples, held_out: Examples, splits: Splits) -> None:
+    """Raise `UserError` unless something is left of both splits."""
+    if not train:
+        raise UserError(
+            f"no example is left to learn from, of {len(splits.train)}; try a larger data.max_length, or other data"
+        )
+    if not held_out:
+        raise UserError(
+            f"no example is left to measure with, of {len(splits.held_out)} held out ({len(train)} are left to learn "
+            "from); try a larger data.max_length or data.held_out, or other data"
+        )
 
 
 def _pack(name: str, examples: Examples) -> dict[str, np.ndarray]:

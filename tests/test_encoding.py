@@ -1,5 +1,7 @@
 """Tokenising: what is too long, what would teach nothing, and the cache."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -38,8 +40,25 @@ def test_what_has_no_trained_token_left_is_a_fault_or_skipped(tokenizer):
         encoded(tokenizer, SHORT, LONG_QUESTION, overflow="truncate")
     skipped = encoded(tokenizer, SHORT, LONG_QUESTION, overflow="truncate", on_error="skip")
     assert (len(skipped), skipped.num_empty) == (1, 1)
-    with pytest.raises(UserError, match="no example is left"):
-        encoded(tokenizer, LONG_QUESTION, overflow="drop")
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "says"),
+    [
+        (
+            [LONG_QUESTION],
+            [SHORT],
+            "no example is left to learn from, of 1; try a larger data.max_length, or other data",
+        ),
+        ([SHORT, SHORT], [LONG_QUESTION], "to measure with, of 1 held out (2 are left to learn from); try a larger"),
+    ],
+)
+def test_of_both_splits_something_must_be_left(tokenizer, tiny_llama, tmp_path, monkeypatch, train, held_out, says):
+    monkeypatch.setenv("AFINAR_CACHE", str(tmp_path))
+    splits = Splits(train, held_out, tuple("ab"[: len(train)]), tuple("c" * len(held_out)))
+    for _ in range(2):  # nothing of it is cached
+        with pytest.raises(UserError, match=re.escape(says)):
+            encode_splits(tokenizer, tiny_llama, splits, Data(overflow="drop"), LIMIT)
 
 
 def test_plain_text_is_trained_whole_and_may_be_split(tokenizer):
