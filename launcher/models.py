@@ -66,7 +66,7 @@ def load_base(
 ) -> PreTrainedModel:
     """The frozen base model on `device`, in `dtype` or in four bits with `dtype` as compute type.
 
-    `device` "auto" spreads its layers over all GPUs.
+    Raises `UserError` for a folder that cannot be loaded wholly. `device` "auto" spreads its layers over all GPUs.
 
     A 4-bit base that `is_served` may use kernels that have no gradient.
     """
@@ -80,18 +80,20 @@ def load_base(
         )
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=DTYPES[dtype],
                 attn_implementation="sdpa",
                 quantization_config=quantization,
                 local_files_only=True,
                 device_map="auto" if device == "auto" else {"": device} if quantization else None,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be loaded ({str(error).splitlines()[0]}); try MODEL=smollm2-135m"
             ) from None
+    _require_whole(path, model, loading["missing_keys"])
     if quantization is None and device != "auto" and not any(map(is_sharded, model.parameters())):
         model.to(device)
     for module in model.modules():
@@ -103,6 +105,15 @@ def load_base(
             # What is dropped at random in a frozen base is noise and no lesson; the adapter has a dropout of its own.
             module.p = 0.0
     return model.requires_grad_(False).eval()
+
+
+def _require_whole(path: Path, model: PreTrainedModel, missing: set[str]) -> None:
+    """Refuse a base with weights that are in none of its files: transformers has filled them with random numbers."""
+    # Not the buffers, which a model computes for itself; of tied weights only one has a name here.
+    names = sorted(missing & dict(model.named_parameters()).keys())
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{path}: its files lack {names[0]}{more}; try a complete copy of it, or MODEL=smollm2-135m")
 
 
 def checkpoint_gradients(base: PreTrainedModel) -> None:

@@ -1,0 +1,58 @@
+"""What is loaded as a base: all of it, or one clear line."""
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from launcher import models
+from launcher.config import Quant
+from launcher.errors import UserError
+from tests.conftest import write_tiny
+from tests.running import run_python
+
+BITS = {"whole": Quant(), "4bit": Quant(bits=4)}
+
+
+def rewrite(model, change):
+    """Change the tensors in the file of a model folder."""
+    file = model / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize("quant", BITS.values(), ids=BITS)
+def test_weights_that_are_in_no_file_are_refused_and_named(tmp_path, quant):
+    model = write_tiny("llama", tmp_path)
+    models.load_base(model, "fp32", quant, "cpu")
+    rewrite(model, without("layers.1.mlp"))
+    with pytest.raises(UserError, match=r"lack model.layers.1.mlp.down_proj.weight and 2 more; try"):
+        models.load_base(model, "fp32", quant, "cpu")
+
+
+def test_tied_weights_and_what_a_model_computes_for_itself_need_not_be_in_a_file(tmp_path):
+    llama, gpt2 = (write_tiny(family, tmp_path / family) for family in ("llama", "gpt2"))
+    assert "lm_head.weight" not in load_file(llama / "model.safetensors")
+    # Old files hold the causal mask of each layer, and the rotary frequencies.
+    rewrite(gpt2, lambda t: {**t, "transformer.h.0.attn.bias": t["transformer.h.0.ln_1.bias"].clone()})
+    rewrite(llama, lambda t: {**t, "model.layers.0.self_attn.rotary_emb.inv_freq": t["model.norm.weight"].clone()})
+    for model in (llama, gpt2):
+        models.load_base(model, "fp32", Quant(), "cpu")
+    # Either name of a tied pair will do, but one must be there.
+    rewrite(llama, lambda t: {"lm_head.weight" if "embed" in name else name: tensor for name, tensor in t.items()})
+    models.load_base(llama, "fp32", Quant(), "cpu")
+    rewrite(llama, without("lm_head"))
+    with pytest.raises(UserError, match=r"lack model.embed_tokens.weight; try"):
+        models.load_base(llama, "fp32", Quant(), "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["single", "zero3"])
+def test_no_training_begins_on_a_base_with_gaps(tmp_path, strategy):
+    model = write_tiny("llama", tmp_path / "model")
+    rewrite(model, without("layers.1.mlp"))
+    done = run_python("-m", "launcher", "train", f"MODEL={model}", f"RUN={tmp_path}/run", f"STRATEGY={strategy}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "lack model.layers.1.mlp.down_proj.weight and 2 more" in done.stderr
