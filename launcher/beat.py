@@ -8,6 +8,7 @@ the others wait. One that was stopped or has lost its machine does not even coun
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,30 @@ class Beat:
             part.replace(self._file)
 
 
+class FreshFiles:
+    """The files of a folder that were written since this was made: what earlier runs left there does not count.
+
+    A file is compared with itself, never with a clock: those of several machines may differ.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._left = dict(self._written(folder.iterdir()))
+
+    def glob(self, pattern: str) -> Iterator[Path]:
+        """Like `Path.glob`."""
+        for file, written in self._written(self._folder.glob(pattern)):
+            if self._left.get(file) != written:
+                yield file
+
+    @staticmethod
+    def _written(files: Iterator[Path]) -> Iterator[tuple[Path, int]]:
+        """Each file and when it was last written, in nanoseconds."""
+        for file in files:
+            with contextlib.suppress(FileNotFoundError):  # it was replaced just now
+                yield file, file.stat().st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Sign:
     """What a process last said."""
@@ -81,7 +106,7 @@ class Watchdog:
     Its clock is its own monotonic one: the clocks of several machines may differ, and any of them may jump.
     """
 
-    def __init__(self, logs: Path, timeout_s: float) -> None:
+    def __init__(self, logs: Path | FreshFiles, timeout_s: float) -> None:
         self._logs = logs
         self._timeout_s = timeout_s
         self._seen: dict[int, _Seen] = {}

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from launcher.beat import Beat
+from launcher.beat import Beat, FreshFiles
 from launcher.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USAGE, IntegrityError, UserError
 
 # Set by `supervise`, which then does the talking: how often it has started the processes before.
@@ -119,7 +119,7 @@ def record(logs: Path, rank: int, kind: Kind, doing: str, message: str) -> Failu
     return failure
 
 
-def read(logs: Path, attempt: int) -> list[Failure]:
+def read(logs: Path | FreshFiles, attempt: int) -> list[Failure]:
     """What the processes left in this attempt, the first failure first; echoes of it come last."""
     found = []
     for file in logs.glob("rank-*.failure.json"):

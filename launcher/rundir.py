@@ -155,10 +155,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
+def locked(run_dir: Path, name: str = "lock") -> Iterator[None]:
     """Hold the run folder for one training; raises `UserError` if another one writes into it. The kernel lets go."""
-    make_folder(run_dir)
-    with (run_dir / "lock").open("w") as file:
+    lock = run_dir / name
+    make_folder(lock.parent)
+    with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

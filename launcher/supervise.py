@@ -20,12 +20,12 @@ from pathlib import Path
 
 import psutil
 
-from launcher import failures
-from launcher.beat import EVERY_S, Watchdog, read_sign
+from launcher import failures, rundir
+from launcher.beat import EVERY_S, FreshFiles, Watchdog, read_sign
 from launcher.errors import EXIT_OURS, EXIT_STOPPED, EXIT_USAGE
 from launcher.failures import ATTEMPT, Failure, block
 from launcher.plan import Plan, halve
-from launcher.rundir import logs_dir, make_folder
+from launcher.rundir import logs_dir
 from launcher.stopping import SIGNALS
 
 POLL_S = 0.1
@@ -38,12 +38,26 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run(decided: Plan, run_dir: Path, timeout_s: float) -> int:
-    """Run the plan to its end, whatever that is; returns the exit code."""
+    """Run the plan to its end, whatever that is; returns the exit code.
+
+    Raises `UserError` if another training writes into that folder.
+    """
+    first = decided.ranks[0]
+    if first == 0:
+        # What our first process will hold, asked for before anything is started.
+        with rundir.locked(run_dir):
+            pass
     logs = logs_dir(run_dir)
-    make_folder(logs)
-    attempt = 0
+    # The files in logs/ are watched, so no second supervisor may let its processes write there.
+    with rundir.locked(run_dir, f"{logs.name}/lock-of-rank-{first}"):
+        return _attempt(decided, logs, timeout_s)
+
+
+def _attempt(decided: Plan, logs: Path, timeout_s: float) -> int:
+    """Start the processes, and again with a smaller micro-batch while they run out of memory."""
+    attempt, fresh = 0, FreshFiles(logs)
     while True:
-        group = Processes(decided, logs, attempt, timeout_s)
+        group = Processes(decided, logs, fresh, attempt, timeout_s)
         with group.signals_received():
             code = group.wait()
         failure = group.failure()
@@ -68,6 +82,7 @@ class Processes:
 
     decided: Plan
     logs: Path
+    fresh: FreshFiles
     attempt: int
     timeout_s: float
     signals: list[int] = field(default_factory=list)
@@ -98,7 +113,7 @@ class Processes:
 
     def wait(self) -> int:
         """Hand on signals and watch, until the launcher has ended; returns the exit code."""
-        watchdog, handed_on, failed_at, looked_at = Watchdog(self.logs, self.timeout_s), 0, None, 0.0
+        watchdog, handed_on, failed_at, looked_at = Watchdog(self.fresh, self.timeout_s), 0, None, 0.0
         while self.launcher.poll() is None:
             time.sleep(POLL_S)
             now = time.monotonic()
@@ -108,7 +123,7 @@ class Processes:
             if now - looked_at < EVERY_S:
                 continue  # the files may lie on another machine, and are written no more often
             looked_at = now
-            if failed_at is None and failures.read(self.logs, self.attempt):
+            if failed_at is None and failures.read(self.fresh, self.attempt):
                 failed_at = now
             if self.stuck is None and (found := watchdog.look(now)):
                 self.stuck = self._describe(*found)
@@ -121,7 +136,7 @@ class Processes:
         """What ended this attempt, None if nothing did."""
         if self.stuck or self.launcher.returncode == 0 or len(self.signals) > 1:
             return self.stuck
-        told = failures.read(self.logs, self.attempt)
+        told = failures.read(self.fresh, self.attempt)
         first = next((failure for failure in told if failure.kind != "stopped"), None)
         if first is not None and not first.is_echo:
             return first

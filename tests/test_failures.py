@@ -1,6 +1,7 @@
 """Failures in words, signals, and a process that is alone with too little memory."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from launcher import failures
+from launcher.beat import FreshFiles, Watchdog
 from launcher.failures import Failure, block, explain
 from launcher.report import read_metrics
 from launcher.variables import ROOT
@@ -80,6 +82,24 @@ def test_the_first_failure_is_no_echo_and_of_this_attempt(tmp_path):
     (tmp_path / "rank-9.failure.json").write_text("{torn")
     assert [f.rank for f in failures.read(tmp_path, attempt=0)] == [1, 2, 0]
     assert [f.rank for f in failures.read(tmp_path, attempt=1)] == [3]
+
+
+def test_files_of_earlier_runs_do_not_count_until_they_are_written_again(tmp_path):
+    failures.record(tmp_path, 1, "stopped", "step 3", "told to stop")
+    (tmp_path / "rank-2.beat").write_text("90 4 0 a micro-batch\n")
+    for file in tmp_path.iterdir():
+        os.utime(file, (1e9, 1e9))
+    fresh = FreshFiles(tmp_path)
+    dog = Watchdog(fresh, timeout_s=20)
+    (tmp_path / "rank-0.beat").write_text("9 5 0 a micro-batch\n")
+    assert failures.read(fresh, attempt=0) == []
+    assert dog.look(0) is None
+    assert dog.look(30) == (0, "a micro-batch; its process does not answer at all")
+    failures.record(tmp_path, 1, "user", "its start", "no; try yes")
+    (tmp_path / "rank-2.beat").write_text("91 4 0 a micro-batch\n")
+    assert [f.kind for f in failures.read(fresh, attempt=0)] == ["user"]
+    assert dog.look(31) is None
+    assert dog.look(60)[0] == 2
 
 
 PROGRAM = """

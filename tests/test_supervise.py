@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher import checkpoint
+from launcher import checkpoint, failures
 from launcher.report import read_metrics
 from launcher.variables import ROOT
 from tests.planted import planted
@@ -180,3 +180,29 @@ def test_out_of_memory_goes_on_with_a_smaller_micro_batch(tiny_llama, tmp_path):
     assert run_python(*arguments(tiny_llama, whole, "optim.max_steps=10")).returncode == 0
     pairs = zip(read_metrics(run), read_metrics(whole), strict=True)
     assert all(abs(a["loss"] - b["loss"]) < 1e-3 for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_what_earlier_runs_left_ends_no_later_one(tiny_llama, tmp_path):
+    # The third process of a run of three that was told to stop, and the second machine of a run of two.
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    failures.record(run / "logs", 2, "stopped", "step 3, a micro-batch", "told to stop")
+    failures.record(run / "logs", 3, "user", "its start", "another training writes here now; try another RUN=")
+    done = run_python(*arguments(tiny_llama, run, "optim.max_steps=6"))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_same_command_twice_leaves_the_first_alone(tiny_llama, tmp_path):
+    run = tmp_path / "run"
+    first = start(tiny_llama, run, "optim.epochs=5000")
+    wait_for_steps(first, run, 2)
+    second = run_python(*arguments(tiny_llama, run, "optim.epochs=5000"))
+    assert second.returncode == 2
+    assert second.stderr == f"error: {run}: another training writes here now; try another RUN=\n"
+    # What the first one would take for a failure of its own.
+    assert not list((run / "logs").glob("*.failure.json"))
+    wait_for_steps(first, run, len(read_metrics(run)) + 3)
+    first.send_signal(signal.SIGTERM)
+    assert (first.wait(PATIENCE), json.loads((run / "run.json").read_text())["state"]) == (75, "stopped")
