@@ -37,7 +37,7 @@ def make_plan(args: list[str], given: Variables, config: Config) -> tuple[Splits
     splits = data.read(config.data)
     model = find_architecture(config)
     longest = min(config.data.max_length, splits.longest_tokens, model.context if model else config.data.max_length)
-    train_args = [arg for arg in args if arg.partition("=")[0] not in FRONT_DOOR and not arg.endswith("=")]
+    train_args = [arg for arg in args if arg.partition("=")[0] not in FRONT_DOOR]
     return splits, plan(config, ngpu, hardware, train_args, Demand(model, longest), machines)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from launcher import __main__ as front_door
 from launcher import architecture
 from launcher.arithmetic import num_steps, smaller_micro, split_batch
 from launcher.catalogue import card
@@ -29,6 +30,17 @@ def test_one_process_is_plain_python():
     assert decided.argv[1:] == ("-m", "launcher.train", "optim.lr=1e-4", *said)
     assert decided.dtype == "fp32"
     assert decided.env["DS_ACCELERATOR"] == "cpu"
+
+
+def test_an_option_set_to_nothing_reaches_the_processes(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {max_steps: 2}\n", encoding="utf-8")
+    args = [str(file), "optim.max_steps="]
+    given, read = front_door.read(args)
+    assert read.optim.max_steps is None
+    _, decided = front_door.make_plan(args, given, read)
+    handed_on = decided.argv[decided.argv.index("launcher.train") + 1 :]
+    assert config(*handed_on).optim.max_steps is None
 
 
 def test_several_processes_run_under_accelerate_with_our_file():
