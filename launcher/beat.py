@@ -2,7 +2,7 @@
 
 A line `<seconds alive> <moves> <ticks> <what it does>`. All processes make the same moves; one that hangs stops, and the
 others soon wait for it: the one with the fewest moves is the one they wait for. Ticks are what one process does alone while
-the others wait. One that was stopped or has lost its machine does not even count seconds.
+the others wait, and seconds of loading. One that was stopped or has lost its machine does not even count seconds.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 EVERY_S = 1.0
+# Places where a process reads gigabytes from wherever they lie, or waits for others that do: nobody can say how long.
+LOADING = ("joining the other processes", "loading the base", "reading the adapter back")
 
 
 class Beat:
@@ -48,6 +50,8 @@ class Beat:
         started = time.monotonic()
         while True:
             time.sleep(EVERY_S)
+            if self._doing in LOADING:
+                self.tick()
             self._write(int(time.monotonic() - started))
 
     def _write(self, seconds: int) -> None:

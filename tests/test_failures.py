@@ -1,5 +1,6 @@
 """Failures in words, signals, and a process that is alone with too little memory."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,12 +10,13 @@ import sys
 import pytest
 
 from launcher import failures
-from launcher.beat import FreshFiles, Watchdog
+from launcher.beat import LOADING, Beat, FreshFiles, Watchdog, read_sign
 from launcher.failures import Failure, block, explain
 from launcher.report import read_metrics
 from launcher.variables import ROOT
 from tests.planted import planted
 from tests.running import run_python
+from tests.serve_fixtures import wait_until
 
 
 def failure(message, rank=1, kind="error", at=0.0):
@@ -100,6 +102,26 @@ def test_files_of_earlier_runs_do_not_count_until_they_are_written_again(tmp_pat
     assert [f.kind for f in failures.read(fresh, attempt=0)] == ["user"]
     assert dog.look(31) is None
     assert dog.look(60)[0] == 2
+
+
+def test_a_process_that_loads_is_not_stuck_however_long_it_takes(tmp_path):
+    file = tmp_path / "rank-0.beat"
+    beat, dog, hours = Beat(file), Watchdog(tmp_path, timeout_s=600), itertools.count(step=3600.0)
+
+    def look_again(before):
+        wait_until(lambda: read_sign(file).ticks > before.ticks)
+        return dog.look(next(hours))
+
+    for place in LOADING:
+        # The words are those of the programs.
+        assert any(f'.at("{place}")' in program.read_text() for program in (ROOT / "launcher").glob("*.py"))
+        beat.at(place)
+        assert [look_again(read_sign(file)) for _ in range(2)] == [None, None]
+    beat.at("the evaluation")
+    wait_until(lambda: read_sign(file).doing == "the evaluation")
+    assert dog.look(next(hours)) is None
+    rank, doing = dog.look(next(hours))
+    assert (rank, doing.split(";")[0]) == (0, "the evaluation")
 
 
 PROGRAM = """
