@@ -37,6 +37,7 @@ def train(job: Job, command: str) -> int:
         while step < job.steps and not is_stopping:
             metrics = step_within_memory(job, report, step)
             step += 1
+            require_finite(step, metrics["loss"], metrics["grad_norm"])
             report.step(step, metrics)
             found = None
             is_stopping = is_stop_agreed(job)
@@ -162,6 +163,13 @@ def train_step(job: Job, step: int) -> dict[str, Any]:
         "step_s": round(seconds, 3),
         "peak_bytes": peak_bytes(accelerator.device),
     }
+
+
+def require_finite(step: int, loss: float, norm: float) -> None:
+    """Refuse to go on after a step whose numbers are none; all processes have the same ones and leave together."""
+    # DeepSpeed says -1 for a norm that is not finite.
+    if not (math.isfinite(loss) and 0 <= norm < math.inf):
+        raise UserError(f"step {step}: the training diverged (loss {loss:.4g}); try a smaller optim.lr")
 
 
 def peak_bytes(device: torch.device) -> int:

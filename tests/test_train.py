@@ -1,6 +1,7 @@
 """Training for real: tiny models of both architectures, and two real processes under DeepSpeed."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from launcher import checkpoint, rundir
+from launcher.errors import UserError
+from launcher.loop import require_finite
 from launcher.report import read_metrics
 from launcher.variables import ROOT
 from tests.running import run_python
@@ -99,6 +102,31 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_llama, tmp_path, args):
     assert "resumed after step 4" in done.stdout
     first, second = (run / "adapter" / "adapter_model.safetensors" for run in (whole, cut))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "args", [(), ("STRATEGY=ddp", "NGPU=2"), ("STRATEGY=zero2", "NGPU=2")], ids=["one", "ddp", "zero2"]
+)
+def test_a_run_that_diverges_says_so_at_once(tiny_llama, tmp_path, args):
+    run = tmp_path / "run"
+    done = train(tiny_llama, run, "optim.lr=1e20", *args)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "the training diverged" in done.stderr
+    assert "try a smaller optim.lr" in done.stderr
+    assert all(math.isfinite(record["loss"]) for record in read_metrics(run))
+    assert checkpoint.newest(run) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (1.0, -1.0)]
+)
+def test_a_step_without_finite_numbers_is_the_last(loss, norm):
+    require_finite(7, 1.0, 0.0)
+    with pytest.raises(UserError, match="step 7: the training diverged"):
+        require_finite(7, loss, norm)
 
 
 @pytest.mark.slow
