@@ -86,3 +86,23 @@ def test_the_files_for_clusters_use_variables_and_options_that_exist():
             assert word in text
         assert "29500" not in text
     assert subprocess.run(["bash", "-n", str(folder / "slurm.sh")], check=False).returncode == 0
+
+
+def program(folder, name, text):
+    """A program of that name in place of one that this machine has not."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_a_node_that_leaves_takes_no_other_with_it_and_the_job_goes_back_into_the_queue(tmp_path):
+    bin = tmp_path / "bin"
+    program(bin, "srun", f'printf "%s\\n" "$@" > {tmp_path}/srun; exit 75')
+    program(bin, "scontrol", f'[ "$1" = show ] && echo node-0 || echo "$@" > {tmp_path}/scontrol')
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_JOB_NAME": "afinar"}
+    job |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "32", "PATH": f"{bin}:{os.environ['PATH']}"}
+    script = ["bash", str(ROOT / "configs" / "cluster" / "slurm.sh"), "PEFT=lora"]
+    assert subprocess.run(script, env={**os.environ, **job}, check=False).returncode == 75
+    told = (tmp_path / "srun").read_text().splitlines()
+    assert {"--kill-on-bad-exit=0", "--cpus-per-task=32", "PEFT=lora"} <= set(told)
+    assert (tmp_path / "scontrol").read_text() == "requeue 7\n"

@@ -17,7 +17,8 @@ export MASTER_ADDR
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # The port follows from the job's number, so two jobs on one node do not collide.
-srun --kill-on-bad-exit=1 bash -c '.venv/bin/python -m launcher train NGPU=4 RUN=afinar-'"$SLURM_JOB_NAME"' \
+# The first node to leave must not have the others killed while they save. Newer srun forgets the cores of the job.
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '.venv/bin/python -m launcher train NGPU=4 RUN=afinar-'"$SLURM_JOB_NAME"' \
   NNODES=$SLURM_NNODES NODE_RANK=$SLURM_NODEID MASTER_ADDR=$MASTER_ADDR "$@"' afinar "$@"
 code=$?
 [ "$code" -eq 75 ] && scontrol requeue "$SLURM_JOB_ID"
