@@ -141,6 +141,8 @@ bench-serve: | setup ## serving speed on this machine: make bench-serve ARGS="..
 build: ## build the image
 	docker build --tag $(IMAGE) .
 
+# GPUs talk through /dev/shm, of which docker itself gives 64 MB. A missing runs/ docker would make as root.
 shell: ## a shell in the image, with the GPUs of the box and the runs of this folder
-	docker run --rm -it $(if $(shell command -v nvidia-smi),--gpus all) --env HUGGINGFACE_TOKEN \
+	@mkdir -p runs
+	docker run --rm -it --ipc=host $(if $(shell command -v nvidia-smi),--gpus all) --env HUGGINGFACE_TOKEN \
 	  --volume "$(CURDIR)/runs:/home/afinar/app/runs" $(IMAGE) bash

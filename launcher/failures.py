@@ -53,6 +53,7 @@ ECHO = re.compile(
 )
 NO_MEMORY = r"out of memory|can't allocate memory|bad_alloc|MemoryError"
 NO_SPACE = r"no space left|os error 28|disk quota"
+NO_SHARED_MEMORY = r"/dev/shm/nccl"
 # (what the message holds, the likely cause, what to try); the first that fits.
 CAUSES = (
     (
@@ -69,6 +70,11 @@ CAUSES = (
         r"gated|401 Client Error|403 Client Error|HUGGINGFACE_TOKEN",
         "the hub wants a token that may read this model",
         "export HUGGINGFACE_TOKEN=..., and accept the model's licence on its page",
+    ),
+    (
+        NO_SHARED_MEMORY,
+        "the GPUs talk through shared memory, and this container has too little",
+        "docker run --ipc=host as `make shell` does, or a memory volume at /dev/shm as in configs/cluster/kubernetes.yaml",
     ),
     (
         NO_SPACE,
@@ -105,9 +111,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether something could not be written for want of space."""
+    """Whether something could not be written for want of space on a disk."""
     number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(NO_SPACE, str(error), re.I))
+    is_full = number in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(NO_SPACE, str(error), re.I))
+    return is_full and not re.search(NO_SHARED_MEMORY, str(error))
 
 
 def record(logs: Path, rank: int, kind: Kind, doing: str, message: str) -> Failure:

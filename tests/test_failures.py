@@ -23,6 +23,12 @@ def failure(message, rank=1, kind="error", at=0.0):
     return Failure(rank, "node-a", kind, "step 12", message, at)
 
 
+NO_SHARED_MEMORY = (
+    "Last error: Error while creating shared memory segment /dev/shm/nccl-5m3gUY (size 9637888), "
+    "error: No space left on device (28)"
+)
+
+
 @pytest.mark.parametrize(
     ("message", "cause", "remedy"),
     [
@@ -32,6 +38,7 @@ def failure(message, rank=1, kind="error", at=0.0):
         ("DistBackendError: NCCL error: unhandled cuda error", "GPUs cannot talk", "NCCL_DEBUG=INFO"),
         ("OSError: 401 Client Error: Unauthorized", "wants a token", "HUGGINGFACE_TOKEN"),
         ("OSError: [Errno 28] No space left on device", "disk is full", "freeing some space"),
+        (f"DistBackendError: NCCL error: {NO_SHARED_MEMORY}", "has too little", "--ipc=host"),
         ("RuntimeError: Connection closed by peer", "did not answer", "MASTER_ADDR"),
         ("ended by SIGKILL", "ran out of memory", "dmesg"),
         ("ended by SIGSEGV", "native code crashed", "requirements.lock"),
@@ -44,6 +51,11 @@ def test_what_is_known_is_explained(tmp_path, message, cause, remedy):
     assert remedy in lines[-1]
     assert lines[-1].startswith("  try: ")
     assert str(tmp_path / "rank-1.log") in lines[2]
+
+
+def test_shared_memory_is_no_disk():
+    assert not failures.is_disk_full(RuntimeError(NO_SHARED_MEMORY))
+    assert failures.is_disk_full(RuntimeError(NO_SHARED_MEMORY.replace("/dev/shm/nccl-5m3gUY", "/data/x")))
 
 
 def test_what_is_not_known_still_says_where_to_look(tmp_path):

@@ -106,3 +106,13 @@ def test_a_node_that_leaves_takes_no_other_with_it_and_the_job_goes_back_into_th
     told = (tmp_path / "srun").read_text().splitlines()
     assert {"--kill-on-bad-exit=0", "--cpus-per-task=32", "PEFT=lora"} <= set(told)
     assert (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_the_image_gets_shared_memory_and_a_folder_for_runs_that_it_may_write(tmp_path):
+    program(tmp_path / "bin", "docker", f'echo "$@" > {tmp_path}/docker; ls -d runs')
+    path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["make", "-f", str(ROOT / "Makefile"), "shell"], cwd=tmp_path, env={**os.environ, **path}, check=False
+    )
+    assert done.returncode == 0
+    assert "--ipc=host" in (tmp_path / "docker").read_text().split()
