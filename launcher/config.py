@@ -107,7 +107,7 @@ class Optim(Section):
     """AdamW: linear warm-up, then cosine decay to zero."""
 
     name: Literal["adamw", "paged_adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, ge=1e-7, description="at less, fp32 weights near 1 do not move")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
     lora_plus: float = Field(1.0, ge=1, description="LoRA+: B learns so many times as fast as A (arXiv:2402.12354)")
     weight_decay: float = Field(0.0, ge=0)
@@ -156,7 +156,7 @@ class Run(Section):
     """The run folder, and the seed of everything random."""
 
     dir: str | None = Field(None, description="none = runs/<model>-<method>")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32, description="32 bits: those of a step stand beside it")
 
 
 class Config(Section):

@@ -81,6 +81,12 @@ def test_later_sources_win(tmp_path):
             {"adapter": {"targets": "q_proj"}},
             "adapter.targets=q_proj: not a valid value; try adapter.targets=all-linear",
         ),
+        ({"run": {"seed": 99999999999}}, "run.seed=99999999999: input should be less than 4294967296; try run.seed=0"),
+        ({"run": {"seed": -1}}, "try run.seed=0"),
+        (
+            {"optim": {"lr": 1e-12}},
+            "optim.lr=1e-12: input should be greater than or equal to 0.0000001; try optim.lr=0.001",
+        ),
         ({"batch": {"micro": 0}}, "batch.micro=0: not a valid value; try batch.micro=auto"),
     ],
 )
