@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.config import SHORTEST
 from launcher.errors import UserError
 
 
@@ -76,8 +77,9 @@ class Linear:
 class Architecture:
     """A decoder-only model: `width` is the size of a hidden state, `inner` that of its feed-forward block.
 
-    `context` counts the tokens it can read. `is_local`: some layers read only a window of what came before. `counted` is
-    the number of parameters where they were counted and not computed. `stored` is the dtype of its files.
+    `context` counts the tokens it can read. `is_local`: some layers read only a window of what came before, of
+    `window` tokens where config.json says so. `counted` is the number of parameters where they were counted and not computed.
+    `stored` is the dtype of its files.
     """
 
     family: str
@@ -92,6 +94,7 @@ class Architecture:
     is_tied: bool
     is_local: bool
     stored: str
+    window: int | None = None
     has_attention_bias: bool = False
     has_mlp_bias: bool = False
     counted: int | None = None
@@ -115,6 +118,11 @@ class Architecture:
     def has_qk_norm(self) -> bool:
         """Whether queries and keys are normed head by head."""
         return self.family in FAMILIES and FAMILIES[self.family].has_qk_norm
+
+    @property
+    def longest_prefix(self) -> int:
+        """The most tokens of a prefix that every layer sees, and that leave room for an example."""
+        return min(self.context - SHORTEST, self.window - 1 if self.window else sys.maxsize)
 
     @property
     def queries(self) -> int:
@@ -209,6 +217,7 @@ def read(config: Mapping[str, Any]) -> Architecture:
         is_tied=bool(values.get("tie_word_embeddings", False)),
         is_local=_is_local(values),
         stored=_stored(values),
+        window=values.get("sliding_window") if _is_local(values) else None,
         has_attention_bias=bool(values.get("attention_bias", False)),
         has_mlp_bias=bool(values.get("mlp_bias", False)),
     )

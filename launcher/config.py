@@ -15,6 +15,9 @@ from launcher.variables import (
     is_hub_data,
 )
 
+# The shortest that an example may have to be, in tokens.
+SHORTEST = 8
+
 
 class Section(BaseModel):
     """A frozen group of options; a key it does not know is an error."""
@@ -45,7 +48,7 @@ class Data(Section):
     on_error: Literal["stop", "skip"] = Field(
         "stop", description="what a faulty record does: end the run, or be left out"
     )
-    max_length: int = Field(1024, ge=8, description="longest example, in tokens")
+    max_length: int = Field(1024, ge=SHORTEST, description="longest example, in tokens")
     overflow: Literal["error", "truncate", "drop", "split"] = Field(
         "error", description="what becomes of a longer one; split makes several of it, of plain text only"
     )

@@ -6,9 +6,10 @@ Nothing here asks the machine anything, so a plan for 64 GPUs is made, and teste
 import sys
 from dataclasses import dataclass, replace
 
+from launcher.architecture import Architecture
 from launcher.arithmetic import resolve_dtype, smaller_micro, split_batch
 from launcher.choices import Choice, Demand, doubts, pick, weigh
-from launcher.config import Config
+from launcher.config import Adapter, Config
 from launcher.errors import UserError
 from launcher.hardware import Hardware
 from launcher.memory import Memory
@@ -72,6 +73,7 @@ def plan(
     if hardware.num_gpus and ngpu > hardware.num_gpus:
         has = f"{hardware.num_gpus} GPU{'s' * (hardware.num_gpus > 1)}"
         raise UserError(f"NGPU={ngpu}: this box has {has}; try NGPU={hardware.num_gpus}")
+    _require_room(config.adapter, demand.architecture)
     world = ngpu * nodes.count
     choices = weigh(config, world, ngpu, hardware, demand)
     chosen = pick(config, choices, hardware)
@@ -92,6 +94,16 @@ def plan(
         memory=chosen.memory,
         choices=tuple(choices),
     )
+
+
+def _require_room(adapter: Adapter, model: Architecture | None) -> None:
+    """Raise `UserError` for a prefix that is too long for this model."""
+    if adapter.method == "prefix" and model and adapter.num_tokens > model.longest_prefix:
+        most = model.longest_prefix
+        raise UserError(
+            f"adapter.num_tokens={adapter.num_tokens}: this model has room for a prefix of {most} tokens; "
+            f"try adapter.num_tokens={min(Adapter().num_tokens, most)}"
+        )
 
 
 def halve(decided: Plan) -> Plan | None:

@@ -43,6 +43,18 @@ def test_an_option_set_to_nothing_reaches_the_processes(tmp_path):
     assert config(*handed_on).optim.max_steps is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "most"), [({"n_positions": 512}, 504), ({"n_positions": 512, "sliding_window": 16}, 15)]
+)
+def test_a_prefix_is_no_longer_than_what_the_model_sees(sizes, most):
+    model = architecture.read(card("gpt-2").config | {"model_type": "x", "intermediate_size": 3072} | sizes)
+    demand = Demand(model, 8)
+    assert plan(config("PEFT=prefix", f"adapter.num_tokens={most}"), 1, LAPTOP, [], demand).world == 1
+    says = f"num_tokens={most + 1}: this model has room for a prefix of {most} tokens; try adapter.num_tokens={min(30, most)}"
+    with pytest.raises(UserError, match=f"^adapter.{says}$"):
+        plan(config("PEFT=prefix", f"adapter.num_tokens={most + 1}"), 1, LAPTOP, [], demand)
+
+
 def test_several_processes_run_under_accelerate_with_our_file():
     decided = plan(config(), 4, EIGHT, [])
     assert decided.strategy == "zero2"
