@@ -8,12 +8,15 @@ checkpoints/        see `checkpoint`
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
+import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from launcher.config import Config, default_run_dir
 from launcher.errors import UserError
@@ -54,12 +57,16 @@ def make_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Temporary name, fsync, rename: a reader sees the old file or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    # A name of its own: where a file system has no locks two programs may write the same file at once.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     sync(path.parent)
 
 
@@ -161,10 +168,29 @@ def locked(run_dir: Path, name: str = "lock") -> Iterator[None]:
     make_folder(lock.parent)
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            take_lock(file, is_patient=False)
+        except BlockingIOError:
             raise UserError(f"{run_dir}: another training writes here now; try another RUN=") from None
         yield
+
+
+def take_lock(file: IO[str], *, is_patient: bool) -> None:
+    """Lock an open file until it is closed; where another program holds it wait, or raise `BlockingIOError`.
+
+    Some network file systems (Lustre without `flock`, NFS without its lock daemon) have no locks: a note says so.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if is_patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        _note_no_locks(Path(file.name).parent, error.strerror)
+
+
+@functools.cache
+def _note_no_locks(folder: Path, why: str) -> None:
+    """Once for a folder."""
+    print(f"note: {folder} has no file locks ({why}); start no two trainings in it at once", file=sys.stderr)
 
 
 def make_argument(run_dir: Path) -> str:

