@@ -235,6 +235,8 @@ def check_strategy(value: str) -> str | None:
 def _check_run(value: str) -> str | None:
     if Path(value).name == "base":
         return "in a chat base is the model without an adapter; try RUN=my-run"
+    if value.startswith("~"):
+        return f"the shell has not put your home in place of ~; try RUN=$HOME/{value.partition('/')[2] or 'my-run'}"
     if re.fullmatch(r"[\w./~ -]+", value) and not value.startswith("-"):
         return None
     return "a run is a folder name of letters, digits, . _ and -; try RUN=my-run"

@@ -33,6 +33,7 @@ BAD = {
     "STRATEGY=ddp": "try STRATEGY=single",
     "STRATEGY=single NGPU=2": "try STRATEGY=zero2",
     "RUN=a;b": "try RUN=my-run",
+    "RUN=~/a/b": "~; try RUN=$HOME/a/b",
     "RUN=runs/base": "base is the model without an adapter; try RUN=my-run",
     "PEFTT=lora": "did you mean PEFT?",
     "batch.size=15 NGPU=2": "try batch.size=14",
