@@ -209,5 +209,7 @@ class Config(Section):
 
 
 def default_run_dir(model: str, method: str) -> str:
-    """`runs/<model>-<method>`, also for hub ids and folders: `org/name` and `some/name` give `name`."""
-    return f"runs/{Path(model).name}-{method}"
+    """`runs/<model>-<method>`, also for hub ids and folders: `org/name` and `some/name` give `name`, `.` that of the folder."""
+    folder = Path(model)
+    name = folder.resolve().name if folder.name in ("", "..") else folder.name
+    return f"runs/{name}-{method}"

@@ -6,6 +6,7 @@ import pytest
 
 from launcher.catalogue import card
 from launcher.compose import check, load, options
+from launcher.config import default_run_dir
 from launcher.errors import UserError
 from launcher.hardware import Hardware
 from launcher.plan import plan
@@ -94,6 +95,16 @@ def test_an_option_without_effect_is_an_error(values, says):
     with pytest.raises(UserError) as error:
         check(values)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("gpt-2", "gpt-2"), ("org/name", "name"), ("/some/name/", "name"), (".", "here"), ("x/..", "here"), ("..", "in")],
+)
+def test_a_run_is_called_by_its_model_however_that_is_written(tmp_path, monkeypatch, model, name):
+    (tmp_path / "in" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "here")
+    assert default_run_dir(model, "lora") == f"runs/{name}-lora"
 
 
 def test_broken_yaml_names_the_line(tmp_path):
