@@ -191,6 +191,9 @@ def as_nobody():
     yield folder
     if os.getuid() == 0:
         os.seteuid(0)
+    # Who is not root cannot empty what may not be entered.
+    for path in folder.iterdir():
+        path.chmod(0o700)
     shutil.rmtree(folder)
 
 
