@@ -2,6 +2,8 @@
 
 import os
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from launcher import architecture, data, rundir, supervise, variables
@@ -137,7 +139,20 @@ def main(args: list[str]) -> int:
     if not args or args[0] not in COMMANDS:
         word = args[0] if args else "(nothing)"
         raise UserError(f"{word}: unknown command; {nearest(word, COMMANDS)} Try: make help")
-    return COMMANDS[args[0]](args[1:])
+    command = COMMANDS[args[0]]
+    return command(args[1:]) if command is run_train else tell(command, args[1:])
+
+
+def tell(command: Callable[[list[str]], int], args: list[str]) -> int:
+    """Run a command that only tells something: a reader that has seen enough, as `head` has, may leave."""
+    try:
+        code = command(args)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        # What is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """Planning is pure: decisions for boxes that nobody here owns."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from launcher import __main__ as front_door
@@ -12,7 +16,7 @@ from launcher.errors import UserError
 from launcher.hardware import GIB, Hardware, describe, visible
 from launcher.plan import Nodes, halve, plan
 from launcher.ports import HIGHEST, LOWEST, meeting_port
-from launcher.variables import parse
+from launcher.variables import ROOT, parse
 from tests.running import run_python
 
 LAPTOP = Hardware(num_gpus=0, num_cores=8, has_bf16=False)
@@ -82,6 +86,20 @@ def test_an_indivisible_batch_shows_all_three_numbers():
 def test_more_processes_than_gpus_is_refused():
     with pytest.raises(UserError, match="this box has 8 GPUs"):
         plan(config(), 9, EIGHT, [])
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as nobody_reads:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", "plan"],
+            cwd=ROOT,
+            stdout=nobody_reads,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_single_is_one_process():
