@@ -1,5 +1,6 @@
 """What a run leaves behind and says: the manifest, the adapter, the first and the last lines."""
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,9 @@ def check_reloaded(job: Job) -> tuple[Any, float]:
     job.model = job.optimizer = None
     job.parameters.clear()
     job.accelerator.free_memory()
+    # It collects before it lets go of its own references, and what wraps a model refers to itself.
+    gc.collect()
+    torch.cuda.empty_cache()
     if live is None:
         return None, 0.0
     base = models.load_base(job.weights.path, job.dtype, job.config.quant, job.accelerator.device)

@@ -6,9 +6,25 @@ from safetensors.torch import load_file, save_file
 from launcher import models
 from launcher.config import Quant
 from launcher.errors import UserError
+from launcher.variables import ROOT
 from tests.conftest import write_tiny
 from tests.running import run_python
 
+# Counts, whenever a base is read, how many parameters of the one before it are still in memory.
+COUNT = """
+import os
+if os.environ.get("RANK") == "0":
+    import weakref
+    from launcher import models
+    load, before = models.load_base, []
+    def counted(*args, **rest):
+        with open({file!r}, "a") as file:
+            print(len(before), sum(reference() is not None for reference in before), file=file)
+        base = load(*args, **rest)
+        before[:] = [weakref.ref(parameter) for parameter in base.parameters()]
+        return base
+    models.load_base = counted
+"""
 BITS = {"whole": Quant(), "4bit": Quant(bits=4)}
 
 
@@ -56,3 +72,18 @@ def test_no_training_begins_on_a_base_with_gaps(tmp_path, strategy):
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "lack model.layers.1.mlp.down_proj.weight and 2 more" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_the_trained_base_is_gone_before_the_fresh_one_is_read(tiny_llama, tmp_path, strategy):
+    (tmp_path / "sitecustomize.py").write_text(COUNT.format(file=str(tmp_path / "counts")))
+    done = run_python(
+        "-m", "launcher", "train", f"MODEL={tiny_llama}", f"RUN={tmp_path}/run", f"STRATEGY={strategy}", "NGPU=2",
+        "data.limit=64", "batch.size=8", "optim.max_steps=1", "eval.examples=1", "eval.answers=0",
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, second = (line.split() for line in (tmp_path / "counts").read_text().splitlines())
+    assert first == ["0", "0"]
+    assert second == ["20", "0"]
