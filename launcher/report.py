@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from launcher.failures import is_disk_full
+
 if TYPE_CHECKING:
     from launcher.held_out import Evaluation
 
@@ -21,16 +23,41 @@ EVALUATIONS = "evaluations.jsonl"
 KEPT = "\n\t\u200d"
 
 
+class JsonLines:
+    """A file that grows by a JSON object a line. What a full disk does not take is kept, and written before the next one."""
+
+    def __init__(self, path: Path, *, is_continued: bool) -> None:
+        # Unbuffered: a write says how much of it has reached the file.
+        self._file = path.open("ab", buffering=0)
+        # Whatever an earlier attempt left unfinished ends here.
+        self._owed = b"\n" if is_continued else b""
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append one line, and what is still owed before it."""
+        self._owed += (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        self._pay()
+
+    def close(self) -> None:
+        """Try once more to write what is owed."""
+        self._pay()
+        self._file.close()
+
+    def _pay(self) -> None:
+        try:
+            self._owed = self._owed[self._file.write(self._owed) :]
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+
+
 class Report:
     """A progress bar on a terminal, a plain line now and then elsewhere; silent on every rank but the first."""
 
     def __init__(self, run_dir: Path, num_steps: int, start: int, *, is_main: bool) -> None:
         self.console = Console(quiet=not is_main, highlight=False)
         self.num_steps = num_steps
-        self._run_dir = run_dir
-        self._file = (run_dir / METRICS).open("a", encoding="utf-8") if is_main else None
-        if self._file and start:
-            self._file.write("\n")  # whatever the earlier attempt left unfinished ends here
+        names = (METRICS, EVALUATIONS) if is_main else ()
+        self._files = {name: JsonLines(run_dir / name, is_continued=start > 0) for name in names}
         self._last_line = time.monotonic()
         self._step_s: deque[float] = deque(maxlen=20)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -51,8 +78,8 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        if self._file:
-            self._file.close()
+        for file in self._files.values():
+            file.close()
 
     def say(self, text: str) -> None:
         """One plain line."""
@@ -62,17 +89,15 @@ class Report:
         """Tell and record one evaluation, unless it was broken off."""
         if found is None:
             return
-        if self._file:
-            with (self._run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found.record(), ensure_ascii=False) + "\n")
+        if self._files:
+            self._files[EVALUATIONS].add(found.record())
         for line in found.lines():
             self.say(line)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Record one step: `loss` in nats a token, `tokens_per_s` over all processes, and whatever else was measured."""
-        if self._file:
-            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self._file.flush()
+        if self._files:
+            self._files[METRICS].add({"step": step, **metrics})
         self._step_s.append(metrics["step_s"])
         words = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s"
         self._bar.update(self._task, completed=step, description=words)

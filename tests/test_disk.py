@@ -10,7 +10,8 @@ import pytest
 
 from launcher import checkpoint, failures
 from launcher.beat import Watchdog
-from launcher.report import read_metrics
+from launcher.held_out import Evaluation
+from launcher.report import METRICS, Report, read_evaluations, read_metrics
 from tests.running import run_python
 
 SMALL = [
@@ -78,6 +79,24 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_keeps_the_last_checkpoint(t
         again = train(tiny_llama, run)
         assert again.returncode == 0, again.stderr
         assert "resumed after step" in again.stdout
+
+
+def test_a_full_disk_tears_and_loses_no_line(tmp_path):
+    with small_disk(tmp_path / "disk", 32_768) as disk:
+        (disk / "ballast").write_bytes(b"x" * 16_384)
+        with Report(disk, num_steps=400, start=0, is_main=True) as report:
+            for step in range(1, 400):
+                report.step(step, {"loss": 1.0, "step_s": 0.1, "tokens_per_s": 1.0})
+            report.evaluation(Evaluation(399, 1.0, 1))
+            with pytest.raises(OSError, match="No space left"):
+                (disk / "more").write_bytes(b"x" * 4096)
+            assert len(read_metrics(disk)) < 399
+            assert read_evaluations(disk) == []
+            (disk / "ballast").unlink()
+            report.step(400, {"loss": 1.0, "step_s": 0.1, "tokens_per_s": 1.0})
+        lines = (disk / METRICS).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 401))
+        assert [record["step"] for record in read_evaluations(disk)] == [399]
 
 
 def test_what_a_full_disk_looks_like():
