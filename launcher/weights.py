@@ -30,6 +30,8 @@ HUB_IGNORE = [
     "*.gguf",
     "onnx/*",
     "original/*",
+    # The same weights once more, as the model's maker holds them.
+    "consolidated*",
     "*.py",
 ]
 # What is enough to tokenise.
