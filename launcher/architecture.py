@@ -1,7 +1,7 @@
 """What is known of a model without its weights: config.json -> sizes, linear layers, number of parameters. Free of torch.
 
 The formulas are tested for the families of `FAMILIES` against the models that transformers builds. Any other model is read
-as if it were a Llama of its sizes; `is_known` tells, and `models.count_parameters` then counts what a formula cannot know.
+as if it were a Llama of its sizes, and its plan says so; `is_known` tells.
 """
 
 import json
@@ -78,8 +78,7 @@ class Architecture:
     """A decoder-only model: `width` is the size of a hidden state, `inner` that of its feed-forward block.
 
     `context` counts the tokens it can read. `is_local`: some layers read only a window of what came before, of
-    `window` tokens where config.json says so. `counted` is the number of parameters where they were counted and not computed.
-    `stored` is the dtype of its files.
+    `window` tokens where config.json says so. `stored` is the dtype of its files.
     """
 
     family: str
@@ -97,7 +96,6 @@ class Architecture:
     window: int | None = None
     has_attention_bias: bool = False
     has_mlp_bias: bool = False
-    counted: int | None = None
 
     @property
     def is_known(self) -> bool:
@@ -177,8 +175,6 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """All parameters, those of a tied head once."""
-        if self.counted is not None:
-            return self.counted
         norm = self.width * (2 if self.is_gpt2 else 1)
         norms = (2 * self.num_layers + 1) * norm + self.num_layers * self.has_qk_norm * 2 * self.head_dim
         biases = sum(linear.outputs for linear in self.linears() if linear.has_bias)
