@@ -92,7 +92,7 @@ def write(
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
     sync(root)
-    prune(root, keep)
+    prune(root, keep, final)
     return final
 
 
@@ -114,13 +114,15 @@ def _forget_parts(root: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all checkpoints but the newest `keep` and the one with the lowest held-out loss."""
+def prune(root: Path, keep: int, written: Path) -> None:
+    """Delete all checkpoints but `written`, the newest before it, `keep` in all, and the one with the lowest held-out loss."""
     folders = _folders(root)
-    losses = {folder: loss for folder in folders if (loss := _loss(folder)) is not None}
+    # Those of later steps were passed over, as damaged, when the run went on: the run makes them anew.
+    sound = folders[: folders.index(written) + 1]
+    losses = {folder: loss for folder in sound if (loss := _loss(folder)) is not None}
     best = min(losses, key=lambda folder: losses[folder]) if losses else None
-    for old in folders[:-keep]:
-        if old != best:
+    for old in folders:
+        if old != best and old not in sound[-keep:]:
             # Under its other name first: a folder that is half gone must not look like a checkpoint.
             part = old.with_suffix(".part")
             old.rename(part)

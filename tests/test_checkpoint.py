@@ -64,6 +64,20 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path / "nowhere") == (None, [])
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_checkpoint_of_a_later_step_takes_no_place(tmp_path, keep):
+    state = {"param/a": torch.zeros(1), "exp_avg_sq/a": torch.ones(1)}
+    checkpoint.write(tmp_path, state, {}, step=50, position=50, keep=2)
+    # It would be the best one too.
+    damaged = checkpoint.write(tmp_path, state, {}, step=100, position=100, keep=2, loss=0.1)
+    (damaged / "state.safetensors").write_bytes(b"")
+    assert checkpoint.newest(tmp_path)[0].step == 50
+    checkpoint.write(tmp_path, state, {}, step=70, position=70, keep=keep)
+    assert checkpoint.newest(tmp_path)[0].step == 70
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00050", "step-00070"][-keep:]
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
