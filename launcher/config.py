@@ -152,11 +152,7 @@ class Checkpoint(Section):
     """What is left on disk during a run, to go on from."""
 
     every: int = Field(50, ge=1, description="steps between checkpoints")
-    keep: int = Field(
-        2,
-        ge=1,
-        description="newest ones kept; the best by held-out loss is kept beside them, for you: nothing reads it",
-    )
+    keep: int = Field(2, ge=1, description="newest ones kept; also the best by held-out loss, which nothing reads")
 
 
 class Run(Section):
