@@ -101,9 +101,7 @@ def load_base(
             # On some processors bitsandbytes repacks a weight for good when it is first used in eval mode. The packed
             # kernel computes in bf16 and passes no gradient back: training after an evaluation would be silently wrong.
             module.support_avx512bf16_for_cpu = False
-        if isinstance(module, torch.nn.Dropout):
-            # What is dropped at random in a frozen base is noise and no lesson; the adapter has a dropout of its own.
-            module.p = 0.0
+        _drop_nothing(module)
     return model.requires_grad_(False).eval()
 
 
@@ -114,6 +112,19 @@ def _require_whole(path: Path, model: PreTrainedModel, missing: set[str]) -> Non
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(f"{path}: its files lack {names[0]}{more}; try a complete copy of it, or MODEL=smollm2-135m")
+
+
+def _drop_nothing(module: torch.nn.Module) -> None:
+    """Zero the rates of all dropout, be it a module or a function whose rate stands in the module or its configuration.
+
+    What is dropped at random in a frozen base is noise and no lesson; the adapter has a dropout of its own.
+    """
+    if isinstance(module, torch.nn.Dropout):
+        module.p = 0.0
+    for holder in (module, getattr(module, "config", None)):
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, 0.0)
 
 
 def checkpoint_gradients(base: PreTrainedModel) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, LlamaConfig, OPTConfig
 
 from launcher import methods, models
 from launcher.batches import collate, each_alone
@@ -108,10 +108,22 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(tiny):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_a_frozen_base_forgets_nothing_at_random(tmp_path):
-    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    assert config.resid_pdrop > 0
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+FORGETFUL = [
+    GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64),
+    LlamaConfig(**SMALL, intermediate_size=64, attention_dropout=0.5),
+    OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.5, layerdrop=0.5),
+    FalconConfig(**SMALL, attention_dropout=0.5, parallel_attn=False),
+]
+
+
+@pytest.mark.parametrize("config", FORGETFUL, ids=lambda config: config.model_type)
+def test_a_frozen_base_forgets_nothing_at_random(tmp_path, config):
+    stock = AutoModelForCausalLM.from_config(config)
+    stock.save_pretrained(tmp_path)
     trainee = Trainee(methods.attach(models.load_base(tmp_path, "fp32", Quant(), "cpu"), Adapter())).train()
-    inputs = {**batch(2, 16), "input_ids": torch.ones(2, 16, dtype=torch.long)}
-    assert trainee(**inputs) == trainee(**inputs)
+    inputs = {**batch(2, 16), "input_ids": torch.randint(3, 300, (2, 16))}
+    once = trainee(**inputs)
+    assert all(torch.equal(trainee(**inputs), once) for _ in range(4))
+    stock = Trainee(methods.attach(stock, Adapter())).train()
+    assert len({stock(**inputs).item() for _ in range(5)}) > 1
