@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -37,9 +38,22 @@ def quiet(*, bars: bool = False) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _reading(path: Path, part: str) -> Iterator[None]:
+    """Let the libraries read in silence; raises `UserError` for a folder whose `part` they cannot make anything of."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: the {part} cannot be loaded ({reason}); try a complete copy of it, or MODEL=smollm2-135m"
+        ) from None
+
+
 def load_tokenizer(path: Path, template: str | None = None) -> Any:
     """The tokenizer of a model folder; `template` is used where the model has no chat template of its own."""
-    with quiet():
+    with _reading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or template
     if not tokenizer.chat_template:
@@ -49,7 +63,8 @@ def load_tokenizer(path: Path, template: str | None = None) -> Any:
 
 def read_architecture(path: Path) -> Architecture:
     """The architecture of the model in a folder, with every default that transformers knows."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    with _reading(path, "configuration"):
+        config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
     named = {key: getattr(config, key, None) for key in ALIASES}
     return read({**config.to_dict(), **named})
 
@@ -78,22 +93,18 @@ def load_base(
             bnb_4bit_use_double_quant=quant.double,
             bnb_4bit_compute_dtype=DTYPES[dtype],
         )
-    with quiet():
-        try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=DTYPES[dtype],
-                attn_implementation="sdpa",
-                quantization_config=quantization,
-                local_files_only=True,
-                device_map="auto" if device == "auto" else {"": device} if quantization else None,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: cannot be loaded ({str(error).splitlines()[0]}); try MODEL=smollm2-135m"
-            ) from None
-    _require_whole(path, model, loading["missing_keys"])
+    with _reading(path, "base"):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            quantization_config=quantization,
+            local_files_only=True,
+            device_map="auto" if device == "auto" else {"": device} if quantization else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+        )
+    _require_whole(path, model, loading["missing_keys"], {name for name, *_ in loading["mismatched_keys"]})
     if quantization is None and device != "auto" and not any(map(is_sharded, model.parameters())):
         model.to(device)
     for module in model.modules():
@@ -105,13 +116,14 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
-def _require_whole(path: Path, model: PreTrainedModel, missing: set[str]) -> None:
-    """Refuse a base with weights that are in none of its files: transformers has filled them with random numbers."""
+def _require_whole(path: Path, model: PreTrainedModel, missing: set[str], misshapen: set[str]) -> None:
+    """Refuse a base with weights that are not in its files: transformers has filled them with random numbers."""
     # Not the buffers, which a model computes for itself; of tied weights only one has a name here.
-    names = sorted(missing & dict(model.named_parameters()).keys())
+    names = sorted((missing | misshapen) & dict(model.named_parameters()).keys())
     if names:
+        fault = "have another shape of" if names[0] in misshapen else "lack"
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(f"{path}: its files lack {names[0]}{more}; try a complete copy of it, or MODEL=smollm2-135m")
+        raise UserError(f"{path}: its files {fault} {names[0]}{more}; try a complete copy of it, or MODEL=smollm2-135m")
 
 
 def _drop_nothing(module: torch.nn.Module) -> None:

@@ -1,5 +1,7 @@
 """What is loaded as a base: all of it, or one clear line."""
 
+import json
+
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -61,6 +63,41 @@ def test_tied_weights_and_what_a_model_computes_for_itself_need_not_be_in_a_file
     rewrite(llama, without("lm_head"))
     with pytest.raises(UserError, match=r"lack model.embed_tokens.weight; try"):
         models.load_base(llama, "fp32", Quant(), "cpu")
+
+
+def edit_config(model, **changes):
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def cut_short(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+BROKEN = {
+    "weights": (cut_short, "the base cannot be loaded"),
+    "shapes": (
+        lambda m: edit_config(m, intermediate_size=96),
+        "have another shape of model.layers.0.mlp.down_proj.weight",
+    ),
+    "tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "the tokenizer cannot be loaded"),
+    "family": (lambda m: edit_config(m, model_type="zzz"), "the configuration cannot be loaded"),
+    "configuration": (lambda m: (m / "config.json").write_text("{"), "the configuration cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize(("damage", "says"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_model_folder_is_told_in_one_line(tmp_path, damage, says):
+    model = write_tiny("llama", tmp_path)
+    damage(model)
+    with pytest.raises(UserError) as error:
+        models.read_architecture(model)
+        models.load_tokenizer(model)
+        models.load_base(model, "fp32", Quant(), "cpu")
+    (line,) = str(error.value).splitlines()
+    assert says in line
+    assert "; try " in line
 
 
 @pytest.mark.slow
