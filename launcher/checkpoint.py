@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launcher import gate, shards
+from launcher.errors import UserError
 from launcher.rundir import sync, write_atomically
 from launcher.shards import MOMENTS
 from launcher.weights import sha256
@@ -38,7 +39,16 @@ class Checkpoint:
 def gather(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: Any, stage: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """The whole trained state on the CPU in fp32. Under DeepSpeed, at `stage`, every process must call this together."""
+    """The whole trained state on the CPU in fp32. Under DeepSpeed, at `stage`, every process must call this together.
+
+    Raises `UserError` for a parameter that no step has changed, because the loss does not depend on it.
+    """
+    if stage is None and (
+        unused := [name for name, parameter in parameters.items() if parameter not in optimizer.state]
+    ):
+        raise UserError(
+            f"{unused[0]} has never had a gradient: the loss passes it by; try other adapter.targets, or another MODEL"
+        )
     state: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         whole = shards.read(parameter, optimizer, stage)

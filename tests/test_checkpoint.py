@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launcher import checkpoint, gate
-from launcher.errors import IntegrityError
+from launcher.errors import IntegrityError, UserError
 
 
 def train(optimizer, parameters, steps, first=0):
@@ -40,6 +40,15 @@ def test_a_resumed_run_is_bit_identical(kind, tmp_path):
     checkpoint.put_back(checkpoint.read(found), again, other, step=3)
     train(other, again, 6, first=3)
     assert all(torch.equal(again[name], parameters[name]) for name in parameters)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw"])
+def test_a_parameter_that_the_loss_passes_by_is_named(kind):
+    parameters, optimizer = fresh(kind)
+    train(optimizer, {"a": parameters["a"]}, 2)
+    with pytest.raises(UserError, match="b has never had a gradient"):
+        checkpoint.gather(parameters, optimizer)
 
 
 def test_the_newest_that_verifies_is_taken_and_the_others_named(tmp_path):
