@@ -14,5 +14,7 @@ def assembled(config: Config) -> Job:
     """The job of this configuration, with everything but its model."""
     weights = fetch(card(config.model.name), config.model.revision)
     architecture = read_architecture(weights.path)
-    material = load_material(config, data.read(config.data), weights.path, architecture.context)
+    material = load_material(
+        config, data.read(config.data), weights.path, architecture.context, card(config.model.name).template
+    )
     return assemble(config, start_processes(config, architecture), weights, material, architecture)

@@ -106,12 +106,13 @@ def run_data(args: list[str]) -> int:
     _, config = read(args)
     require_token(card(config.model.name))
     splits = data.read(config.data)
-    folder = fetch_words(card(config.model.name), config.model.revision)
+    known = card(config.model.name)
+    folder = fetch_words(known, config.model.revision)
     from rich.console import Console
 
     from launcher import material, models, preview
 
-    found = material.load_material(config, splits, folder, models.read_architecture(folder).context)
+    found = material.load_material(config, splits, folder, models.read_architecture(folder).context, known.template)
     preview.show(Console(highlight=False), found, config.data)
     print("Next: the same variables with `make train`.")
     return 0

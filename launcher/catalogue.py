@@ -12,7 +12,7 @@ from launcher.variables import CONFIGS, shipped
 class ModelCard(BaseModel):
     """Where a base model comes from: exactly one of `package`, `hub`, `folder`.
 
-    `template` is the chat template of a model that has none of its own. `config` has those keys of its config.json that
+    `template` is a chat template, for a model that has none or in place of its own. `config` has those keys of its config.json that
     say how large it is (see `architecture.read`), so that a run can be planned before the model is here.
     """
 

@@ -103,7 +103,7 @@ def _template(tokenizer: Tokenizer, messages: list[Message], *, add_generation_p
 def _after(start: str, text: str) -> str:
     if not text.startswith(start):
         raise UserError(
-            "this chat template rewrites earlier turns, so it cannot be trained; set a template in the card"
+            "this chat template rewrites earlier turns, so it cannot be trained; try a card with another one in configs/models/"
         )
     return text[len(start) :]
 

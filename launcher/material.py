@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from launcher import models
-from launcher.catalogue import card
 from launcher.chat import stop_ids
 from launcher.config import Config
 from launcher.data import Splits
@@ -33,11 +32,11 @@ class Material:
         return int(np.logical_or.reduceat(is_stop, self.train.starts).sum())
 
 
-def load_material(config: Config, splits: Splits, folder: Path, context: int) -> Material:
-    """Tokenise with the tokenizer in `folder`, for a model that reads `context` tokens.
+def load_material(config: Config, splits: Splits, folder: Path, context: int, template: str | None = None) -> Material:
+    """Tokenise with the tokenizer in `folder`, and `template` or its own, for a model that reads `context` tokens.
 
     Raises `UserError` for what could teach nothing, or never to stop."""
-    tokenizer = models.load_tokenizer(folder, card(config.model.name).template)
+    tokenizer = models.load_tokenizer(folder, template)
     prefix = config.adapter.num_tokens if config.adapter.method == "prefix" else 0
     longest = min(config.data.max_length, context - prefix)
     train, held_out = encode_splits(tokenizer, folder, splits, config.data, longest)

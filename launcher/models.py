@@ -52,10 +52,10 @@ def _reading(path: Path, part: str) -> Iterator[None]:
 
 
 def load_tokenizer(path: Path, template: str | None = None) -> Any:
-    """The tokenizer of a model folder; `template` is used where the model has no chat template of its own."""
+    """The tokenizer of a model folder; `template` stands in place of its own chat template."""
     with _reading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    tokenizer.chat_template = tokenizer.chat_template or template
+    tokenizer.chat_template = template or tokenizer.chat_template
     if not tokenizer.chat_template:
         raise UserError(f"{path}: this model has no chat template; try a chat model, or add a card in configs/models/")
     return tokenizer

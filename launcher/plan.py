@@ -73,7 +73,7 @@ def plan(
     if hardware.num_gpus and ngpu > hardware.num_gpus:
         has = f"{hardware.num_gpus} GPU{'s' * (hardware.num_gpus > 1)}"
         raise UserError(f"NGPU={ngpu}: this box has {has}; try NGPU={hardware.num_gpus}")
-    _require_room(config.adapter, demand.architecture)
+    require_room(config.adapter, demand.architecture)
     world = ngpu * nodes.count
     choices = weigh(config, world, ngpu, hardware, demand)
     chosen = pick(config, choices, hardware)
@@ -96,7 +96,7 @@ def plan(
     )
 
 
-def _require_room(adapter: Adapter, model: Architecture | None) -> None:
+def require_room(adapter: Adapter, model: Architecture | None) -> None:
     """Raise `UserError` for a prefix that is too long for this model."""
     if adapter.method == "prefix" and model and adapter.num_tokens > model.longest_prefix:
         most = model.longest_prefix

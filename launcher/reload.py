@@ -105,7 +105,7 @@ def open_base(
     progress("fetching the base", 0, 3)
     weights = fetch_again(card(config.model.name), manifest["base"])
     progress("loading the base", 1, 3)
-    tokenizer = models.load_tokenizer(run_dir / "tokenizer", manifest["template"])
+    tokenizer = models.load_tokenizer(run_dir / "tokenizer")
     rundir.require_template(manifest, tokenizer.chat_template)
     device = place(weights.path, config, dtype)
     base = models.load_base(weights.path, dtype, config.quant, device, is_served=True)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,4 +198,4 @@ def make_argument(run_dir: Path) -> str:
     """How to name this run to make: nothing for the default one, else ` RUN=<name or path>`."""
     if run_dir == Path(default_run_dir(DEFAULT_MODEL, DEFAULT_PEFT)):
         return ""
-    return f" RUN={run_dir.name if run_dir.parent == Path('runs') else run_dir}"
+    return f" RUN={shlex.quote(run_dir.name if run_dir.parent == Path('runs') else str(run_dir))}"

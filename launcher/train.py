@@ -15,7 +15,7 @@ from launcher.choices import refuse
 from launcher.compose import load
 from launcher.config import Config
 from launcher.errors import EXIT_STOPPED, UserError, run_main
-from launcher.plan import COMMAND
+from launcher.plan import COMMAND, require_room
 from launcher.ranks import is_launched, rank, world_size
 from launcher.rundir import logs_dir
 from launcher.stopping import Stop
@@ -62,7 +62,9 @@ def run(config: Config, command: str, stop: Stop, beat: Beat) -> int:
     from launcher.processes import start_processes
 
     architecture = models.read_architecture(weights.path)
-    material = load_material(config, splits, weights.path, architecture.context)
+    require_room(config.adapter, architecture)
+    template = card(config.model.name).template
+    material = load_material(config, splits, weights.path, architecture.context, template)
     stop.check()
     beat.at("joining the other processes")
     accelerator = start_processes(config, architecture)
