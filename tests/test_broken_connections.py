@@ -19,7 +19,7 @@ from serve.errors import NoDaemonError, RequestError, ServeError
 from serve.pieces import Delta
 from serve.runtime import Record
 from tests.client_fixtures import LONG, TEXT, break_connections, quick, turn, whole
-from tests.serve_fixtures import Box, box, children, wait_until
+from tests.serve_fixtures import PATIENCE, ROOT, Box, box, children, wait_until
 from tests.test_security import free_ports
 
 __all__ = ["box", "quick"]
@@ -87,17 +87,19 @@ def test_another_daemon_at_the_same_address_is_noticed(box: Box, is_question: bo
     asyncio.run(talk())
 
 
+STOP = "import os, signal, sys\nif 'serve.engine_process' in sys.orig_argv: os.kill(os.getpid(), signal.SIGSTOP)\n"
+
+
 @contextlib.contextmanager
 def loading(box: Box) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """(a daemon that answers, the pid of its engine, which was stopped before it has loaded)."""
-    daemon = box.start("daemon", "HOLD=echo")
+    """(a daemon that answers, the pid of its engine, which stops itself before it has loaded)."""
+    (box.folder / "sitecustomize.py").write_text(STOP)
+    daemon = box.start("daemon", "HOLD=echo", PYTHONPATH=f"{box.folder}:{ROOT}")
 
-    def program(pid: int) -> bytes:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    def is_stopped(pid: int) -> bool:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
-    # Before it runs its own program, the daemon waits for it.
-    (engine,) = wait_until(lambda: [pid for pid in children(daemon.pid) if program(pid) != program(daemon.pid)])
-    os.kill(engine, signal.SIGSTOP)
+    (engine,) = wait_until(lambda: [pid for pid in children(daemon.pid) if is_stopped(pid)])
     try:
         wait_until(lambda: (box.runtime / "echo.json").exists())
         yield daemon, engine
@@ -116,7 +118,7 @@ def test_a_connection_that_breaks_while_the_daemon_loads(box: Box, quick: None) 
             assert client.limits and not greeting.done()
             break_connections(client, box.record())
             os.kill(engine, signal.SIGCONT)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 await greeting
             return await whole(client, TEXT)
 
@@ -132,7 +134,7 @@ def test_a_daemon_that_hangs_while_it_loads_is_not_waited_for(box: Box, quick: N
                 await asyncio.sleep(0.02)
             daemon.send_signal(signal.SIGSTOP)
             with pytest.raises(NoDaemonError, match=f"silent; try: kill -9 {daemon.pid}"):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(PATIENCE):
                     await greeting
 
     with loading(box) as (daemon, _):

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 import zmq.asyncio
@@ -172,9 +171,9 @@ def test_a_daemon_that_hangs_is_told_from_one_that_works(box: Box, quick: None, 
     asyncio.run(talk())
 
 
-def test_what_is_no_message_ends_an_answer_in_one_line(tmp_path: Path, quick: None) -> None:
+def test_what_is_no_message_ends_an_answer_in_one_line(box: Box, quick: None) -> None:
     async def talk() -> None:
-        daemon = PlayedDaemon(tmp_path)
+        daemon = PlayedDaemon(box.folder)
         greeted, connected = await asyncio.gather(daemon.welcome(), connect(daemon.record))
         with connected as client, daemon.context:
             answer, _, _ = await first_piece(daemon, client)
@@ -185,25 +184,26 @@ def test_what_is_no_message_ends_an_answer_in_one_line(tmp_path: Path, quick: No
     asyncio.run(talk())
 
 
-def test_what_is_no_message_does_not_hide_how_an_answer_ended(tmp_path: Path, quick: None) -> None:
+def test_what_is_no_message_does_not_hide_how_an_answer_ended(box: Box, quick: None) -> None:
     async def talk() -> None:
-        daemon = PlayedDaemon(tmp_path)
+        daemon = PlayedDaemon(box.folder)
         greeted, connected = await asyncio.gather(daemon.welcome(), connect(daemon.record))
         with connected as client, daemon.context:
             answer, sender, request = await first_piece(daemon, client)
             await daemon.say("control", greeted, b"babble")
             await asyncio.sleep(0.2)
             await daemon.say("data", sender, *encode(error(request, Code.OOM, "too much; try less")))
-            await asyncio.sleep(0.1)
+            while not client._connection.has_unread:
+                await asyncio.sleep(0.01)
             with pytest.raises(RequestError, match="too much"):
                 await anext(answer)
 
     asyncio.run(talk())
 
 
-def test_a_daemon_that_refuses_every_greeting_is_not_greeted_for_ever(tmp_path: Path, quick: None) -> None:
+def test_a_daemon_that_refuses_every_greeting_is_not_greeted_for_ever(box: Box, quick: None) -> None:
     async def talk() -> None:
-        daemon = PlayedDaemon(tmp_path)
+        daemon = PlayedDaemon(box.folder)
         with daemon.context:
             connecting = asyncio.create_task(connect(daemon.record))
             sender, _ = await daemon.take("control")
@@ -215,9 +215,12 @@ def test_a_daemon_that_refuses_every_greeting_is_not_greeted_for_ever(tmp_path: 
 
 
 @pytest.mark.parametrize("window", [1, 4, CREDIT_WINDOW])
-def test_credit_is_granted_in_halves_of_the_window_that_the_daemon_told(tmp_path: Path, window: int) -> None:
+def test_credit_is_granted_in_halves_of_the_window_that_the_daemon_told(box: Box, window: int) -> None:
+    lump = max(window // 2, 1)
+    num_grants = 2 * window // lump
+
     async def talk() -> list[int]:
-        daemon = PlayedDaemon(tmp_path)
+        daemon = PlayedDaemon(box.folder)
         _, connected = await asyncio.gather(daemon.welcome(credit=window), connect(daemon.record))
         with connected as client, daemon.context:
             answer, sender, request = await first_piece(daemon, client)
@@ -225,11 +228,9 @@ def test_credit_is_granted_in_halves_of_the_window_that_the_daemon_told(tmp_path
                 body = {"n": number, "text": "x", "tokens": number + 1}
                 await daemon.say("data", sender, *encode(Message(Kind.DELTA, request, body)))
                 await anext(answer)
-            grants = []
-            while await daemon.sockets["data"].poll(100):
-                grants.append((await daemon.take("data"))[1].body["count"])
+            grants = [(await daemon.take("data"))[1].body["count"] for _ in range(num_grants)]
+            assert not await daemon.sockets["data"].poll(100)
             await answer.aclose()
             return grants
 
-    lump = max(window // 2, 1)
-    assert asyncio.run(talk()) == [lump] * (2 * window // lump)
+    assert asyncio.run(talk()) == [lump] * num_grants
