@@ -8,6 +8,9 @@ import pytest
 from launcher.rundir import text_digest
 from tests.conftest import write_tiny
 from tests.running import run_python
+from tests.serve_fixtures import box
+
+__all__ = ["box"]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,12 @@ def copies(trained, tmp_path):
     shutil.copytree(kept, model, dirs_exist_ok=True)
 
 
-def refusal(run, tmp_path):
-    done = run_python("-m", "serve", "daemon", f"RUN={run}", env={"XDG_RUNTIME_DIR": str(tmp_path)})
+def serve(run, box):
+    return run_python("-m", "serve", "daemon", f"RUN={run}", env={"AFINAR_RUNTIME_DIR": str(box.runtime)})
+
+
+def refusal(run, box):
+    done = serve(run, box)
     assert "Traceback" not in done.stderr
     assert done.returncode == 2, done.stderr
     return done.stderr
@@ -56,13 +63,13 @@ def test_it_says_all_that_serving_needs(trained):
 
 
 @pytest.mark.slow
-def test_a_base_of_the_same_size_but_another_content_is_refused(copies, tmp_path):
+def test_a_base_of_the_same_size_but_another_content_is_refused(copies, box):
     model, run = copies
     file = model / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    told = refusal(run, tmp_path)
+    told = refusal(run, box)
     was = manifest(run)["base"]["digest"]
     assert "the base" in told
     assert was in told
@@ -72,7 +79,7 @@ def test_a_base_of_the_same_size_but_another_content_is_refused(copies, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["tokenizer", "run.json"])
-def test_a_changed_template_is_refused_with_both_digests(copies, tmp_path, where):
+def test_a_changed_template_is_refused_with_both_digests(copies, box, where):
     _, run = copies
     found = manifest(run)
     changed = found["template"].replace("assistant", "waiter")
@@ -80,14 +87,14 @@ def test_a_changed_template_is_refused_with_both_digests(copies, tmp_path, where
         (run / "run.json").write_text(json.dumps({**found, "template": changed}))
     else:
         (run / "tokenizer" / "chat_template.jinja").write_text(changed)
-    told = refusal(run, tmp_path)
+    told = refusal(run, box)
     assert f"the chat template in {where}" in told
     assert found["template_sha256"] in told
     assert text_digest(changed) in told
 
 
 @pytest.mark.slow
-def test_a_damaged_adapter_is_not_served(copies, tmp_path):
+def test_a_damaged_adapter_is_not_served(copies, box):
     from safetensors.torch import load_file, save_file
 
     _, run = copies
@@ -95,6 +102,6 @@ def test_a_damaged_adapter_is_not_served(copies, tmp_path):
     tensors = load_file(file)
     name = sorted(tensors)[0]
     save_file({**tensors, name: tensors[name] * float("nan")}, file)
-    done = run_python("-m", "serve", "daemon", f"RUN={run}", env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    done = serve(run, box)
     assert done.returncode != 0
     assert f"{name} is not finite" in done.stderr
