@@ -41,7 +41,8 @@ class Products:
         if sum(map(_num_bytes, weights)) < LEAST_BYTES:
             return
         if weights[0].dtype is torch.bfloat16:
-            self.is_packed = all(_is_quicker(_pack, weights, number) for number in (1, 16))
+            is_known = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            self.is_packed = is_known and all(_is_quicker(_pack, weights, number) for number in (1, 16))
         elif weights[0].dtype is torch.float32:
             self.turned = frozenset(number for number in SIZES if _is_quicker(_turn, weights, number))
 
