@@ -104,9 +104,9 @@ def run_train(args: list[str]) -> int:
 def run_data(args: list[str]) -> int:
     """`make data`: show what would be learned: counts, and one example with its trained part marked."""
     _, config = read(args)
-    require_token(card(config.model.name))
-    splits = data.read(config.data)
     known = card(config.model.name)
+    require_token(known)
+    splits = data.read(config.data)
     folder = fetch_words(known, config.model.revision)
     from rich.console import Console
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Daemon = subprocess.Popen[bytes]
 
-STOP_SECONDS = 10.0
-
 
 def main(args: list[str]) -> int:
     """Run one command; returns the exit code, raises `ServeError` for what the user should read."""
@@ -86,11 +84,7 @@ def _infer(arguments: Arguments) -> int:
     attached = _attached(arguments)
     folder = runtime.directory()
     starter.require_unserved(folder, arguments)
-    process = starter.start(folder, arguments, is_child=True)
-    try:
-        return _talk(folder, arguments, attached, None, process)
-    finally:
-        starter.end(process, STOP_SECONDS)
+    return _talk(folder, arguments, attached, None, starter.start(folder, arguments, is_child=True))
 
 
 def _attached(arguments: Arguments) -> list[str]:

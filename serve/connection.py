@@ -136,18 +136,12 @@ class Connection:
         if message.kind is Kind.WELCOME:
             self._epoch = self._epoch or message.body["epoch"]
             self.session = message.body["session"]
-            self._end_handshake()
+            if self._handshake is not None:
+                self._handshake.close()
+                self._handshake = None
         if message.kind in (Kind.WELCOME, Kind.PONG) and message.body.get("epoch", self._epoch) != self._epoch:
             self._is_replaced = True
             raise NoDaemonError(f"the daemon of {self.record.run} was replaced; try: make chat")
-
-    def _end_handshake(self) -> None:
-        if self._handshake is not None:
-            self._handshake = None
-            # Nobody would read its events any more, and at the two thousandth libzmq would wait for a reader.
-            monitor = self._control.get_monitor_socket()
-            self._control.disable_monitor()
-            monitor.close()
 
     async def _miss(self) -> None:
         """Nothing has come for a while: raise if there is no reason to go on waiting."""

@@ -104,7 +104,7 @@ class Handshake:
     """Watches a dealer from before it connects: to a client, a refused key looks like silence."""
 
     def __init__(self, dealer: zmq.asyncio.Socket, where: str) -> None:
-        self._where = where
+        self._dealer, self._where = dealer, where
         self._monitor = dealer.get_monitor_socket(WATCHED)
         self._is_over = False
 
@@ -115,6 +115,11 @@ class Handshake:
             self._is_over = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if not self._is_over:
                 raise NoDaemonError(self._why(event))
+
+    def close(self) -> None:
+        """Stop watching: nobody would read the events any more, and at the two thousandth libzmq would wait for a reader."""
+        self._dealer.disable_monitor()
+        self._monitor.close()
 
     def _why(self, event: int) -> str:
         folder = keys.directory()

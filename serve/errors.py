@@ -71,9 +71,15 @@ class RequestError(ServeError):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint naming the closest of `valid`, or all of them: `did you mean RUN?` or `choose from: RUN, HOLD`."""
     choices = list(valid)
-    folded = {choice.lower(): choice for choice in choices}
+    close = closest(name, choices)
+    return f"did you mean {close}?" if close else f"choose from: {', '.join(choices)}"
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """The one of `valid` that was probably meant, "" if none is like it."""
+    folded = {choice.lower(): choice for choice in valid}
     close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
-    return f"did you mean {folded[close[0]]}?" if close else f"choose from: {', '.join(choices)}"
+    return folded[close[0]] if close else ""
 
 
 def report(error: ServeError) -> None:

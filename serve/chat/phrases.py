@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 
-from serve.errors import nearest
+from serve.errors import closest
 
 LANGUAGES = ("en", "es")
 
@@ -142,8 +142,8 @@ PHRASES: dict[str, tuple[str, str]] = {
     "flag_needs": ("{flag}: {what} must follow; try {example}", "{flag}: falta {what} detrás; prueba {example}"),
     "flag_takes_nothing": ("{word}: takes no value; try {flag}", "{word}: no lleva valor; prueba {flag}"),
     "flag_not_utf8": ("{flag}: not UTF-8; try {example}", "{flag}: no es UTF-8; prueba {example}"),
-    "did_you_mean": ("did you mean", "¿quisiste decir"),
-    "choose_from": ("choose from", "elige entre"),
+    "did_you_mean": ("did you mean {name}?", "¿quisiste decir {name}?"),
+    "choose_from": ("choose from: {names}", "elige entre: {names}"),
     # What is wrong with a pipe.
     "stdout_closed": ("stdout is closed, nobody would see the answer; try: ... > answer.txt", "stdout está cerrado, nadie vería la respuesta; prueba: ... > answer.txt"),
     "stdin_too_large": ("more than {most} MiB came on stdin; try a shorter text", "llegaron más de {most} MiB por stdin; prueba un texto más corto"),
@@ -189,5 +189,6 @@ def say(phrase: str, **values: object) -> str:
 
 def hint(name: str, valid: Iterable[str]) -> str:
     """`serve.errors.nearest`, in the user's language."""
-    english = nearest(name, valid)
-    return english.replace("did you mean", say("did_you_mean"), 1).replace("choose from", say("choose_from"), 1)
+    choices = list(valid)
+    close = closest(name, choices)
+    return say("did_you_mean", name=close) if close else say("choose_from", names=", ".join(choices))
