@@ -123,11 +123,14 @@ stop: | setup ## end a daemon when its open requests are answered
 keys: | setup ## key pairs for serving over tcp
 	@$(PY) -m serve keys
 
+# One worker a core; a file stays together, and files with long tests come first.
+TESTS := $(PY) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+
 test: | setup ## the whole suite
-	@$(PY) -m pytest -q
+	@$(TESTS)
 
 test-fast: | setup ## the quick part of the suite
-	@$(PY) -m pytest -q -m "not slow"
+	@$(TESTS) -m "not slow"
 
 check: | setup ## lint, format and types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -1,12 +1,14 @@
-"""Shared parts: tiny models of both mission architectures with a real tokenizer, written once to a folder each."""
+"""Shared parts: tiny models of both mission architectures with a real tokenizer, runs trained on them, and who runs beside whom."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from filelock import FileLock
 
 # What a shell, a CI or another make has set decides nothing here: colours, width, language, editor, clipboard, pace.
 for name in (
@@ -15,9 +17,13 @@ for name in (
 ):  # fmt: skip
     os.environ.pop(name, None)
 os.environ["AFINAR_LANG"] = "en"
+# The models are tiny, and several workers share the processors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Servers of the tests are on this machine, whatever stands between it and the network.
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+
+from tests.running import run_python  # noqa: E402
 
 WIDE = 0.2
 CHATML = (
@@ -70,16 +76,70 @@ def tiny_model(family: str):
     )
 
 
-@pytest.fixture(scope="session", params=["llama", "gpt2"])
-def tiny(request, tmp_path_factory) -> Path:
-    """The folder of a tiny model, of each architecture in turn."""
-    return write_tiny(request.param, tmp_path_factory.mktemp(request.param))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file share what it made, so one worker runs them; files with long tests come first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory) -> Path:
+def made(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made(name, make)`: the folder of that name, made by the first test of any worker that wants it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "made"
+    shared.mkdir(exist_ok=True)
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / f"{name}.done").exists():
+                (shared / name).mkdir()
+                make(shared / name)
+                (shared / f"{name}.done").touch()
+        return shared / name
+
+    return get
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def tiny(request, made) -> Path:
+    """The folder of a tiny model, of each architecture in turn."""
+    return made(f"tiny-{request.param}", lambda folder: write_tiny(request.param, folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(made) -> Path:
     """The folder of the tiny Llama."""
-    return write_tiny("llama", tmp_path_factory.mktemp("llama"))
+    return made("tiny-llama", lambda folder: write_tiny("llama", folder))
+
+
+# Learning rates for models of two layers; those of configs/peft/ are for real ones.
+LEARN = {"lora": "1e-2", "qlora": "1e-2", "ia3": "1.5e-1", "prefix": "1e-1"}
+
+
+@pytest.fixture(scope="session")
+def trained_run(made) -> Callable[..., Path]:
+    """`trained_run(method, family)`: a finished run in fp32 that says its two examples by heart; to be read, never changed.
+
+    GPT-2 is trained with the template of its card, the Llama with ChatML; `run.parent / "model"` is the base.
+    """
+    from launcher.catalogue import card
+
+    def get(method: str = "lora", family: str = "llama") -> Path:
+        def make(folder: Path) -> None:
+            template = CHATML if family == "llama" else card("gpt-2").template
+            model = write_tiny(family, folder / "model", template)
+            done = run_python(
+                "-m", "launcher", "train", f"MODEL={model}", f"RUN={folder / 'run'}", f"PEFT={method}", "model.dtype=fp32",
+                f"optim.lr={LEARN[method]}", "optim.epochs=400", "batch.size=2", "data.limit=2",
+                "eval.examples=4", "eval.answers=2", "eval.every=1000", "checkpoint.every=100",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+
+        return made(f"{family}-{method}", make) / "run"
+
+    return get
 
 
 def write_tiny(family: str, folder: Path, template: str = CHATML) -> Path:

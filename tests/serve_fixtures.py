@@ -24,6 +24,7 @@ import zmq
 
 from serve.protocol import Kind, Message, decode, encode
 from serve.runtime import Record
+from tests.support.zygote import HeavyPopen, WarmPopen
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,8 +44,15 @@ def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
 
 
 def children(pid: int) -> list[int]:
-    """The direct children of a process."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """The direct children of a process, but for its zygote."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text() != "zygote\n"]
+
+
+def _popen(words: tuple[str, ...]) -> type[WarmPopen]:
+    """Who starts `python -m serve WORDS`: a zygote with torch where a real run is named."""
+    values = " ".join(word.partition("=")[2] for word in words if word.startswith(("RUN=", "RUNS=")))
+    return HeavyPopen if any(Path(run, "run.json").is_file() for run in values.split()) else WarmPopen
 
 
 class Box:
@@ -68,8 +76,10 @@ class Box:
             **extra,
         }
 
-    def start(self, *words: str, **extra: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
+    def start(self, *words: str, cold: bool = False, **extra: str) -> subprocess.Popen[str]:
+        """`python -m serve WORDS`, forked by a zygote unless it is `cold`."""
+        popen = subprocess.Popen if cold else _popen(words)
+        process = popen(
             [sys.executable, "-m", "serve", *words],
             cwd=self.work,
             env=self.environment(**extra),
@@ -82,16 +92,11 @@ class Box:
         self.processes.append(process)
         return process
 
-    def run(self, *words: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "serve", *words],
-            cwd=self.work,
-            env=self.environment(**extra),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=2 * PATIENCE,
-        )
+    def run(self, *words: str, stdin: str = "", cold: bool = False, **extra: str) -> subprocess.CompletedProcess[str]:
+        """The same to its end."""
+        process = self.start(*words, cold=cold, **extra)
+        out, err = process.communicate(stdin, timeout=2 * PATIENCE)
+        return subprocess.CompletedProcess(list(words), process.returncode, out, err)
 
     def daemon(self, delay: float = 0.0, *words: str) -> subprocess.Popen[str]:
         process = self.start("daemon", "HOLD=echo", *words, AFINAR_ECHO_DELAY=str(delay))
@@ -219,18 +224,14 @@ class Screen:
         self._stream = pyte.ByteStream(self.emulator)
         self.resize(*size)
 
-        def take_terminal() -> None:
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-
-        self.process = subprocess.Popen(
+        self.process = _popen(words)(
             through or [sys.executable, "-m", "serve", *words],
             cwd=box.work,
             env=box.environment(**extra),
             stdin=slave,
             stdout=slave,
             stderr=slave,
-            start_new_session=True,
-            preexec_fn=take_terminal,
+            takes_terminal=True,
         )
         os.close(slave)
 

@@ -92,7 +92,7 @@ def test_a_damaged_adapter_fails_the_run_and_keeps_the_checkpoint(tiny_llama, tm
         f"MODEL={tiny_llama}", f"RUN={run}", "data.limit=64", "batch.size=8", "model.dtype=fp32", "optim.lr=1e-2",
         "checkpoint.every=4", "eval.examples=1", "eval.answers=0",
     ]  # fmt: skip
-    done = run_python("-c", PLANT.replace("DAMAGE", damage), *args)
+    done = run_python("-c", PLANT.replace("DAMAGE", damage), *args, cold=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert SAYS[damage] in done.stderr
