@@ -12,11 +12,10 @@ USER afinar
 WORKDIR /home/afinar/app
 
 # The environment first: it changes seldom and takes longest.
-COPY --chown=afinar pyproject.toml requirements.lock README.md LICENSE Makefile ./
-COPY --chown=afinar launcher/__init__.py launcher/
-COPY --chown=afinar serve/__init__.py serve/
-RUN make setup && .venv/bin/python -m pip cache purge
+COPY --chown=afinar Makefile requirements.lock ./
+RUN PIP_NO_CACHE_DIR=1 make dependencies
 
 COPY --chown=afinar . .
+RUN make setup
 ENV PATH=/home/afinar/app/.venv/bin:$PATH
 CMD ["make", "help"]

@@ -17,6 +17,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -54,8 +55,8 @@ ASK_ARGS = $(call given,RUN ADAPTER CONNECT)
 IMAGE ?= afinar
 
 .DEFAULT_GOAL := help
-.PHONY: help setup variables train plan data eval compare two-runs serve chat infer status load unload stop keys \
-  check-serve check-chat check-infer test test-fast check bench bench-serve build shell
+.PHONY: help setup dependencies variables train plan data eval compare two-runs serve chat infer status load unload \
+  stop keys check-serve check-chat check-infer test test-fast check bench bench-serve build shell
 
 help: ## list the targets and variables
 	@sed -n 's/^#   /  /p' Makefile; echo
@@ -63,12 +64,18 @@ help: ## list the targets and variables
 
 setup: $(READY) ## create .venv from requirements.lock
 
-$(READY): requirements.lock pyproject.toml
+# What takes minutes: the image keeps it apart from the sources, which change more often.
+dependencies: $(INSTALLED)
+
+$(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "error: Python 3.11 or newer is needed, this is $$($(PYTHON) -V); try make PYTHON=python3.11 ..." >&2; exit 2; }
 	@echo "setting up $(VENV) from requirements.lock (once) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --requirement requirements.lock
+	@touch $@
+
+$(READY): $(INSTALLED) pyproject.toml
 	@$(PY) -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
