@@ -55,6 +55,8 @@ ASK_ARGS = $(call given,RUN ADAPTER CONNECT)
 IMAGE ?= afinar
 
 .DEFAULT_GOAL := help
+# In the order written, also under make -j: first the check, then the set-up, then the rest.
+.NOTPARALLEL:
 .PHONY: help setup dependencies variables train plan data eval compare two-runs serve chat infer status load unload \
   stop keys check-serve check-chat check-infer test test-fast check bench bench-serve build shell
 

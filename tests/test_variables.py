@@ -71,14 +71,20 @@ def test_the_check_needs_nothing_but_the_standard_library():
     subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True)
 
 
-@pytest.mark.parametrize("word", ["PEFT=lorra", "SET=optim.lrr=1"])
-def test_make_refuses_before_it_sets_anything_up(tmp_path, word):
+@pytest.mark.parametrize("words", [["train", "PEFT=lorra"], ["train", "SET=optim.lrr=1"], ["chat", "HOLD=mergd"]])
+@pytest.mark.parametrize("jobs", [[], ["-j4"]], ids=["one by one", "at once"])
+def test_make_refuses_before_it_sets_anything_up(tmp_path, words, jobs):
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/sh\necho "$1 $2" >> {calls}\n[ "$2" != venv ] && exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     done = subprocess.run(
-        ["make", "train", word, f"VENV={tmp_path}/venv", f"PYTHON={sys.executable}"],
+        ["make", *jobs, *words, f"VENV={tmp_path}/venv", f"PYTHON={python}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert "did you mean" in done.stderr
+    # Nor has it begun to.
+    assert set(calls.read_text().splitlines()) <= {"-m launcher.variables", "-m serve.arguments"}
     assert not (tmp_path / "venv").exists()
 
 
