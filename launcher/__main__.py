@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import architecture, data, rundir, supervise, variables
+from launcher import architecture, data, imports, rundir, supervise, train, variables
 from launcher.architecture import Architecture
 from launcher.arithmetic import num_steps
 from launcher.catalogue import card
@@ -88,7 +88,7 @@ def run_train(args: list[str]) -> int:
         if value:
             raise UserError(f"{name} is for planning, a training takes what there is; try: make plan, or without it")
     require_token(card(config.model.name))
-    _, decided = make_plan(args, given, config)
+    splits, decided = make_plan(args, given, config)
     is_resumed = rundir.check_claim(config)
     rundir.make_folder(config.run_dir)
     if not is_resumed:
@@ -98,7 +98,9 @@ def run_train(args: list[str]) -> int:
     os.environ[COMMAND] = shlex.join(["python", "-m", "launcher", "train", *args])
     if decided.is_supervised:
         return supervise.run(decided, config.run_dir, config.parallel.timeout_s)
-    return os.execvpe(decided.argv[0], decided.argv, {**os.environ, **decided.env})
+    # No second program for one process: it would import and read all of this again.
+    os.environ.update(decided.env)
+    return train.main(decided.train_args, splits)
 
 
 def run_data(args: list[str]) -> int:
@@ -110,7 +112,8 @@ def run_data(args: list[str]) -> int:
     folder = fetch_words(known, config.model.revision)
     from rich.console import Console
 
-    from launcher import material, models, preview
+    with imports.heavy():
+        from launcher import material, models, preview
 
     found = material.load_material(config, splits, folder, models.read_architecture(folder).context, known.template)
     preview.show(Console(highlight=False), found, config.data)
@@ -120,7 +123,8 @@ def run_data(args: list[str]) -> int:
 
 def run_eval(args: list[str]) -> int:
     """`make eval`: measure a finished run beside its base."""
-    from launcher import evaluate
+    with imports.heavy():
+        from launcher import evaluate
 
     return evaluate.main(args)
 

@@ -18,7 +18,7 @@ from launcher.config import Config
 from launcher.encoding import Example
 from launcher.errors import UserError
 from launcher.failures import is_disk_full
-from launcher.loss import Trainee
+from launcher.loss import Trainee, unwrapped
 from launcher.material import Material
 from launcher.stopping import Stop
 from launcher.weights import Weights
@@ -57,7 +57,7 @@ class Job:
     @property
     def peft_model(self) -> Any:
         """The `PeftModel` inside all wrappers."""
-        return self.accelerator.unwrap_model(self.model).model
+        return unwrapped(self.model).model
 
     @property
     def quadratic(self) -> float:
@@ -166,7 +166,7 @@ def load_model(job: Job) -> None:
     optimizer = make_optimizer(config, trainee)
     with models.quiet():
         job.model, job.optimizer = accelerator.prepare(trainee, optimizer)
-    job.parameters = methods.trainable(accelerator.unwrap_model(job.model))
+    job.parameters = methods.trainable(unwrapped(job.model))
     if config.adapter.method == "prefix" and config.adapter.start == "text":
         (prefix,) = job.parameters.values()
         value = methods.prefix_from_text(

@@ -78,6 +78,11 @@ class Trainee(torch.nn.Module):
         return FrozenHeadLoss.apply(hidden[:, :-1][predicts], input_ids[:, 1:][predicts], base.get_output_embeddings())
 
 
+def unwrapped(model: Any) -> Trainee:
+    """The `Trainee` inside DDP or DeepSpeed. accelerate would import all of DeepSpeed to see whether it is there."""
+    return model if isinstance(model, Trainee) else unwrapped(model.module)
+
+
 def _within_documents(documents: torch.Tensor) -> torch.Tensor:
     """Document numbers [B, L] -> bool [B, 1, L, L]: a token reads its own document up to itself, and no other."""
     same = documents[:, None, :, None] == documents[:, None, None, :]

@@ -15,7 +15,6 @@ from launcher.batches import each_alone, padding_share
 from launcher.held_out import Evaluation, answered, mean_loss, part
 from launcher.job import Job, gather_state, sample_micros
 from launcher.plan import notes
-from launcher.plots import Curve, draw_loss
 from launcher.reload import load_adapter, swap_adapter
 from launcher.report import Report, read_evaluations, read_metrics
 from launcher.rundir import ADAPTER_FILE
@@ -191,6 +190,9 @@ def packing(job: Job) -> str:
 
 def finish(job: Job, manifest: dict[str, Any], results: dict[str, Any]) -> None:
     """Mark the run finished and say what to do next."""
+    # It brings matplotlib, which nothing needs before.
+    from launcher.plots import Curve, draw_loss
+
     run_dir = job.config.run_dir
     training, held_out = read_metrics(run_dir), read_evaluations(run_dir)
     points = [[(record["step"], record["loss"]) for record in records] for records in (training, held_out)]

@@ -52,6 +52,11 @@ class Plan:
     choices: tuple[Choice, ...] = ()
 
     @property
+    def train_args(self) -> list[str]:
+        """What `launcher.train` is given."""
+        return list(self.argv[self.argv.index("launcher.train") + 1 :])
+
+    @property
     def is_supervised(self) -> bool:
         """Whether accelerate's launcher starts it; else it is one plain process."""
         return self.strategy != "single"

@@ -8,12 +8,13 @@ import os
 import shlex
 from typing import Any
 
-from launcher import data, failures, rundir
+from launcher import data, failures, imports, rundir
 from launcher.beat import Beat
 from launcher.catalogue import card
 from launcher.choices import refuse
 from launcher.compose import load
 from launcher.config import Config
+from launcher.data import Splits
 from launcher.errors import EXIT_STOPPED, UserError, run_main
 from launcher.plan import COMMAND, require_room
 from launcher.ranks import is_launched, rank, world_size
@@ -24,8 +25,11 @@ from launcher.variables import parse
 from launcher.weights import fetch, fetch_again
 
 
-def main(args: list[str]) -> int:
-    """Train the configuration that `args` describe (see `variables.parse`); returns the exit code."""
+def main(args: list[str], splits: Splits | None = None) -> int:
+    """Train the configuration that `args` describe (see `variables.parse`); returns the exit code.
+
+    `splits` are its data where they have been read already.
+    """
     stop = Stop().install()
     given = parse(args)
     config = load(given)
@@ -39,27 +43,27 @@ def main(args: list[str]) -> int:
         rundir.make_folder(logs)
     beat = Beat(logs / f"rank-{rank()}.beat" if logs else None)
     with failures.recorded(logs, rank(), beat):
-        code = run(config, command, stop, beat)
+        code = run(config, command, stop, beat, splits)
         if logs and code == EXIT_STOPPED:
             failures.record(logs, rank(), "stopped", beat.doing, "told to stop")
         return code
 
 
-def run(config: Config, command: str, stop: Stop, beat: Beat) -> int:
+def run(config: Config, command: str, stop: Stop, beat: Beat, splits: Splits | None = None) -> int:
     """All that can be refused, and the download, before the processes join: nobody waits for one that has left."""
     before = check_and_claim(config)
-    splits = data.read(config.data)
+    splits = splits or data.read(config.data)
     if before:
         splits.require(before["data"], config.data.source)
         weights = fetch_again(card(config.model.name), before["base"])
     else:
         weights = fetch(card(config.model.name), config.model.revision)
     stop.check()
-    # These bring torch and the libraries around it.
-    from launcher import loop, models
-    from launcher.job import assemble
-    from launcher.material import load_material
-    from launcher.processes import start_processes
+    with imports.heavy():
+        from launcher import loop, models
+        from launcher.job import assemble
+        from launcher.material import load_material
+        from launcher.processes import start_processes
 
     architecture = models.read_architecture(weights.path)
     require_room(config.adapter, architecture)

@@ -1,6 +1,7 @@
 """The engine process: `python -m serve.engine_process {what to load, as JSON}`, started by the daemon and gone with it."""
 
 import dataclasses
+import gc
 import signal
 import sys
 import time
@@ -28,8 +29,12 @@ def build(load: Load, send: Callable[[Message], None]) -> Engine:
     """Load the engine, telling the daemon how far it is."""
     if load.hold == "echo":
         return open_echo(load)
+    # The garbage collector finds nothing in new modules, and goes through all of them again and again.
+    gc.disable()
     from serve.slot_engine import open_engine
 
+    gc.freeze()
+    gc.enable()
     last_stage, last_time = "", 0.0
 
     def progress(stage: str, done: int, total: int) -> None:

@@ -213,8 +213,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 def engine_environment(num_engines: int) -> dict[str, str]:
     """The environment of an engine process; several without a GPU share the cores. What the user has set stays."""
-    # Threads spin only briefly while they wait, so that a shared processor does not come to a crawl.
-    chosen = {"GOMP_SPINCOUNT": "10000"}
+    # Threads spin only briefly while they wait, so that a shared processor does not come to a crawl. And bitsandbytes, which
+    # PEFT imports, shall not bring torch's compiler along: nothing here is compiled, and it takes a second and a half.
+    chosen = {"GOMP_SPINCOUNT": "10000", "TORCHDYNAMO_DISABLE": "1"}
     if num_engines > 1 and shutil.which("nvidia-smi") is None:
         chosen["OMP_NUM_THREADS"] = str(max(len(os.sched_getaffinity(0)) // num_engines, 1))
     return {**chosen, **child_environment()}
