@@ -1,10 +1,11 @@
 """Run commands as a user would."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.variables import ROOT
 from tests.support.zygote import HeavyPopen
@@ -36,3 +37,41 @@ def run_python(
     with start_python(*args, cwd=cwd, env=env, cold=cold, **streams) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(list(args), process.returncode, out, err)
+
+
+# What a check, a plan or a client must not import: seconds, and nothing that it needs.
+HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "matplotlib"}
+IN_TURN = """
+import contextlib, io, json, sys
+from launcher.__main__ import main
+from launcher.errors import run_main
+
+heavy, lines = json.loads(sys.argv[1])
+for words in lines:
+    out, err, sys.argv[1:] = io.StringIO(), io.StringIO(), words
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_main(main)
+    except SystemExit as end:
+        print(json.dumps([end.code, out.getvalue(), err.getvalue(), [name for name in heavy if name in sys.modules]]))
+"""
+
+
+class Told(NamedTuple):
+    """What `python -m launcher WORDS` said, and what of HEAVY was loaded by then."""
+
+    code: int
+    out: str
+    err: str
+    loaded: list[str]
+
+
+def launch_in_turn(lines: list[list[str]], env: dict[str, str] | None = None) -> list[Told]:
+    """`python -m launcher WORDS` for each of `lines`, one after the other in one interpreter that starts with nothing.
+
+    They only ask and are refused: one that would train takes the place of those after it.
+    """
+    done = run_python("-c", IN_TURN, json.dumps([sorted(HEAVY), lines]), env=env)
+    told = [Told(*json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(told) == len(lines), (done.stdout, done.stderr)
+    return told

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from launcher import compare, plots
+from launcher.__main__ import main
 from launcher.compose import load
 from launcher.variables import ROOT, parse
-from tests.running import run_python
+from tests.running import launch_in_turn, run_python
 
 STEPS = 40
 TOKENS = 1000
@@ -60,21 +61,29 @@ def a_measurement(run, exact_match):
     (run / "eval.json").write_text(json.dumps({"tuned": tuned}))
 
 
-def compared(*runs, env=None):
-    done = run_python("-m", "launcher", "compare", f"RUNS={' '.join(map(str, runs))}", env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+@pytest.fixture
+def compared(capsys):
+    """What the command says of some runs; it says nothing on stderr."""
+
+    def told(*runs):
+        assert main(["compare", f"RUNS={' '.join(map(str, runs))}"]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return told
 
 
 def row(out, name):
     return next(line.strip() for line in out.splitlines() if line.split()[:1] == [name])
 
 
-def test_each_run_is_a_row_and_the_picture_lies_beside_them(tmp_path):
+def test_each_run_is_a_row_and_the_picture_lies_beside_them(tmp_path, compared):
     one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other", "PEFT=qlora", rate=0.05)
     a_measurement(one, 0.965)
-    out = compared(one, other)
+    done = run_python("-m", "launcher", "compare", f"RUNS={one} {other}")
+    assert (done.returncode, done.stderr) == (0, "")
+    out = done.stdout
     told = " ".join(row(out, "one").split())
     assert told == "one lora smollm2-135m 4,884,480 640 x 1 40,000 0:08:10 0.0739 1.077 96.5% of 200"
     assert row(out, "other").split()[1:4] == ["qlora", "smollm2-135m", "4,884,480"]
@@ -90,7 +99,7 @@ def test_each_run_is_a_row_and_the_picture_lies_beside_them(tmp_path):
     assert out.endswith(f"Next: make chat RUN={one}\n")
 
 
-def test_an_unfinished_run_shows_what_there_is(tmp_path):
+def test_an_unfinished_run_shows_what_there_is(tmp_path, compared):
     one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other", state="stopped", done=25)
     out = compared(one, other)
     assert "stopped, step 25/40" in out
@@ -106,7 +115,7 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path):
     assert (tmp_path / "compare-other-one.png").exists()
 
 
-def test_two_unfinished_runs_are_to_be_looked_at_again(tmp_path):
+def test_two_unfinished_runs_are_to_be_looked_at_again(tmp_path, compared):
     runs = [a_run(tmp_path / name, "optim.max_steps=40", state="running", done=1) for name in ("one", "other")]
     out = compared(*runs)
     assert "40 steps of 8" in row(out, "one")
@@ -114,7 +123,7 @@ def test_two_unfinished_runs_are_to_be_looked_at_again(tmp_path):
     assert out.endswith("Next: the same again, once they have gone on\n")
 
 
-def test_a_resumed_run_took_longer_than_its_last_attempt(tmp_path):
+def test_a_resumed_run_took_longer_than_its_last_attempt(tmp_path, compared):
     one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other")
     manifest = json.loads((one / "run.json").read_text())
     manifest["results"]["wall_s"] = 12.0
@@ -142,7 +151,7 @@ def test_a_narrow_terminal_gets_a_column_a_run(tmp_path, capsys):
         (["MODEL=gpt-2"], {"base": "bad"}, "warning: not the same base (smollm2-135m, gpt-2), so their losses"),
     ],
 )
-def test_what_cannot_be_compared_is_said(tmp_path, words, change, told):
+def test_what_cannot_be_compared_is_said(tmp_path, words, change, told, compared):
     jsonl = tmp_path / "orders.jsonl"
     jsonl.write_text("{}\n")
     one = a_run(tmp_path / "one")
@@ -152,11 +161,10 @@ def test_what_cannot_be_compared_is_said(tmp_path, words, change, told):
     assert out.count("warning") == 1
 
 
-def test_names_are_told_apart_and_their_picture_has_a_plain_name(tmp_path):
+def test_names_are_told_apart_and_their_picture_has_a_plain_name(tmp_path, capsys):
     one, other = a_run(tmp_path / "a" / "my run"), a_run(tmp_path / "b" / "my run")
-    done = run_python("-m", "launcher", "compare", f"RUN={one}", f"RUN={other}")
-    assert done.returncode == 0, done.stderr
-    assert str(one) in done.stdout
+    assert main(["compare", f"RUN={one}", f"RUN={other}"]) == 0
+    assert str(one) in capsys.readouterr().out
     assert (tmp_path / "a" / "compare-my-run-my-run.png").exists()
 
 
@@ -195,27 +203,28 @@ def there(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def told(there):
+    """What is said of each of BAD, and of a line with three faults."""
+    lines = [[word.format(there=there) for word in words] for words in BAD]
+    three = [f"RUNS={there}/none {there}/othr {there}/empty"]
+    return dict(zip([*BAD, "three"], launch_in_turn([["compare", *line] for line in [*lines, three]]), strict=True))
+
+
 @pytest.mark.parametrize("words", BAD, ids=lambda words: " ".join(words) or "nothing")
-def test_bad_input_is_one_line_that_says_what_to_try(there, words):
+def test_bad_input_is_one_line_that_says_what_to_try(there, told, words):
     # What is imported is checked in the very process: a module that is never loaded cannot be slow.
-    program = (
-        "import sys; from launcher.errors import run_main; from launcher.__main__ import main\n"
-        "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'matplotlib' in sys.modules))\n"
-        "run_main(main)"
-    )
-    done = run_python("-c", program, "compare", *(word.format(there=there) for word in words))
-    assert done.returncode == 2, done.stderr
-    assert done.stdout.split() == ["False", "False"]
-    (line,) = done.stderr.splitlines()
+    code, out, err, loaded = told[words]
+    assert (code, out, loaded) == (2, "", [])
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert BAD[words].format(there=there) in line
     assert not list(there.glob("*.png"))
 
 
-def test_every_fault_is_told_at_once(there):
-    done = run_python("-m", "launcher", "compare", f"RUNS={there}/none {there}/othr {there}/empty")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 3
+def test_every_fault_is_told_at_once(told):
+    assert told["three"].code == 2
+    assert len(told["three"].err.splitlines()) == 3
 
 
 def test_make_refuses_before_it_sets_anything_up(tmp_path):

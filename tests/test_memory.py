@@ -6,7 +6,6 @@ from launcher import activations, memory, targets
 from launcher.architecture import read, read_file
 from launcher.catalogue import card
 from launcher.config import Adapter, Config, Quant
-from tests.running import run_python
 
 METHODS = ["lora", "qlora", "ia3", "prefix"]
 ROWS, LENGTH = 2, 50
@@ -176,9 +175,3 @@ def test_the_chunk_is_that_of_the_loss():
     from launcher import loss
 
     assert activations.CHUNK == loss.CHUNK
-
-
-@pytest.mark.parametrize("module", ["launcher.memory", "launcher.architecture"])
-def test_planning_memory_never_loads_torch(module):
-    done = run_python("-c", f"import sys, {module}; print('torch' in sys.modules, 'transformers' in sys.modules)")
-    assert done.stdout.strip() == "False False", done.stderr

@@ -17,7 +17,7 @@ from launcher.hardware import GIB, Hardware, describe, visible
 from launcher.plan import Nodes, halve, plan
 from launcher.ports import HIGHEST, LOWEST, meeting_port
 from launcher.variables import ROOT, parse
-from tests.running import run_python
+from tests.running import launch_in_turn
 
 LAPTOP = Hardware(num_gpus=0, num_cores=8, has_bf16=False)
 EIGHT = Hardware(num_gpus=8, num_cores=64, has_bf16=True)
@@ -270,13 +270,8 @@ def test_the_port_is_the_same_on_all_machines_and_another_for_another_job():
 
 
 def test_a_plan_for_described_hardware_needs_no_torch_and_no_weights():
-    program = (
-        "import sys, time; start = time.monotonic(); from launcher.__main__ import main\n"
-        "code = main(['plan', 'MODEL=llama-7b', 'HARDWARE=4x24GB'])\n"
-        "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
-    )
-    done = run_python("-c", program, env={"HUGGINGFACE_TOKEN": "x"})
-    assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
-    assert "strategy   zero2, 4 processes" in done.stdout
+    (told,) = launch_in_turn([["plan", "MODEL=llama-7b", "HARDWARE=4x24GB"]], {"HUGGINGFACE_TOKEN": "x"})
+    assert (told.code, told.loaded) == (0, []), told.err
+    assert "strategy   zero2, 4 processes" in told.out
     for part in ("weights", "adapter", "gradients", "moments", "activations", "logits", "buffers"):
-        assert part in done.stdout
+        assert part in told.out

@@ -1,8 +1,6 @@
 """Frames, bodies and submissions: what is taken and what is refused."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +126,3 @@ def test_nothing_in_serve_can_run_what_it_receives() -> None:
                 # `model.eval()` of torch runs nothing.
                 is_method_eval = called == "eval" and isinstance(node.func, ast.Attribute)
                 assert called not in calls or is_method_eval, f"{path}:{node.lineno}"
-
-
-def test_client_and_daemon_are_torch_free() -> None:
-    modules = "serve.__main__, serve.daemon, serve.chat.terminal, serve.chat.piped, serve.starter, serve.engine_process"
-    heavy = "{'torch', 'transformers', 'peft', 'launcher', 'serve.slot_engine'}"
-    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=SERVE.parent, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -7,7 +7,7 @@ import pytest
 
 from launcher.errors import UserError
 from launcher.variables import ROOT, parse
-from tests.running import run_python
+from tests.running import launch_in_turn, run_python
 
 BAD = {
     "PEFT=lorra": "did you mean lora?",
@@ -42,21 +42,21 @@ BAD = {
 }
 
 
+@pytest.fixture(scope="module")
+def told():
+    """What is said of each of BAD."""
+    lines = [["train", *args.split()] for args in BAD]
+    return dict(zip(BAD, launch_in_turn(lines, {"HUGGINGFACE_TOKEN": "", "HF_TOKEN": ""}), strict=True))
+
+
 @pytest.mark.parametrize("args", BAD)
-def test_bad_input_is_one_line_that_says_what_to_try(args):
+def test_bad_input_is_one_line_that_says_what_to_try(told, args):
     # What is imported is checked in the very process: a module that is never loaded cannot be slow.
-    program = (
-        "import sys; from launcher.errors import run_main; from launcher.__main__ import main\n"
-        "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'transformers' in sys.modules))\n"
-        "run_main(main)"
-    )
-    done = run_python("-c", program, "train", *args.split(), env={"HUGGINGFACE_TOKEN": "", "HF_TOKEN": ""})
-    assert done.returncode == 2, done.stderr
-    assert done.stdout.split() == ["False", "False"]
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert BAD[args] in lines[0]
+    code, out, err, loaded = told[args]
+    assert (code, out, loaded) == (2, "", [])
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert BAD[args] in line
 
 
 def test_all_faults_are_told_at_once():
