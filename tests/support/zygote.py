@@ -237,6 +237,7 @@ def run(argv: list[str]) -> None:
     base = [entry for entry in sys.path if entry not in (str(ROOT), "")]
     os.execvpe = become  # type: ignore[assignment]
     while True:
+        sys.orig_argv[:] = argv
         places = [str(Path(place).resolve()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
         sys.path[:] = [*places, *base]
         importlib.invalidate_caches()
