@@ -1,7 +1,8 @@
-"""Every command at a real prompt: used well, used wrongly, and during an answer, with the exact words."""
+"""Every command: used well, used wrongly, and during an answer, with the exact words."""
 
 import ast
 import asyncio
+import functools
 import inspect
 import json
 import os
@@ -25,6 +26,7 @@ from serve.chat.phrases import LANGUAGES, PHRASES, hint, language, say
 from serve.chat.sampling import NAMES, shown, words
 from serve.errors import UserError
 from tests.serve_fixtures import Box, Screen, box
+from tests.support.paper import Paper, chat_on_paper
 
 __all__ = ["box"]
 BLANK = ". With a blank in front it is a question"
@@ -127,7 +129,7 @@ def matches(row: str, wanted: str) -> bool:
     return re.fullmatch(re.escape(wanted).replace(r"\#", r"[\d.]+"), row) is not None
 
 
-def test_every_command_says_exactly_this(box: Box) -> None:
+def test_every_command_says_exactly_this(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     box.daemon()
     (box.work / "one").mkdir()
     (box.work / "one" / "prefix").write_text("I say:\n")
@@ -135,29 +137,32 @@ def test_every_command_says_exactly_this(box: Box) -> None:
     (box.work / "notes.jsonl").write_text("some notes\n")
     os.mkfifo(box.work / "pipe")
     assert box.run("load", "ADAPTER=one").returncode == 0
-    # Rows that are wrapped are not the same words: the screen is wide.
-    with Screen(box, "chat", size=(300, 50)) as screen:
-        screen.expect("\n>")
-        screen.settle()
-        wrong = []
+
+    async def script(paper: Paper) -> None:
         for typed, wanted in TRANSCRIPT:
-            before = len(screen.said)
-            screen.type(f"{typed}\r")
-            screen.settle(0.15)
-            rows = screen.said[before:]
-            if len(rows) != len(wanted) + 1 or not all(map(matches, rows, [f"> {typed}", *wanted])):
-                wrong.append((rows, wanted))
-        assert wrong == []
-        screen.type("/resume\r")
-        screen.expect("my-talk")
-        screen.type("/edit\r")
-        screen.expect("> /edit fresh")
-    assert {line.split()[0] for line, _ in TRANSCRIPT if line.startswith("/")} >= set(ACTIONS) - {"/help"}
+            rows = await paper.enter(typed)
+            assert len(rows) == len(wanted) and all(map(matches, rows, wanted)), (typed, rows)
+        assert any("my-talk" in row.split() for row in await paper.enter("/resume"))
+        assert await paper.enter("/edit") == [] and paper.offered == "/edit fresh"
+        assert await paper.enter("/help") == commands.help_text(commands.KEYS)
+
+    chat_on_paper(box, monkeypatch, script)
+    assert {line.split()[0] for line, _ in TRANSCRIPT if line.startswith("/")} >= set(ACTIONS)
     text = (box.work / "talk.md").read_text()
     assert "## User\n\nagain\n\n## base\n\nagain\n" in text and "(not kept)" in text
     lines = (box.work / "talk.jsonl").read_text().splitlines()
     assert [turn["role"] for turn in json.loads(lines[0])["messages"]] == ["user", "assistant"] * 3
     assert len(lines) == 2 and (box.work / "talk.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_who_is_alone_cannot_be_compared(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.daemon()
+
+    async def script(paper: Paper) -> None:
+        (row,) = await paper.enter("/compare")
+        assert row.startswith("error: only base is here; try make load ADAPTER=")
+
+    chat_on_paper(box, monkeypatch, script)
 
 
 def test_every_command_during_an_answer_waits_for_its_end(box: Box) -> None:
@@ -307,16 +312,15 @@ SPANISH = [
 ]  # fmt: skip
 
 
-def test_what_is_wrong_is_said_in_spanish(box: Box) -> None:
+def test_what_is_wrong_is_said_in_spanish(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     box.daemon()
     os.mkfifo(box.work / "pipe")
     (box.work / "latin").write_bytes(b"\xe9t\xe9")
     (box.work / "large").write_bytes(b"x" * (2**20 + 1))
     folder = box.folder / ".local/state/afinar/conversations"
-    with Screen(box, "chat", size=(300, 50), AFINAR_LANG="es") as screen:
-        screen.expect("\n>")
-        screen.settle()
-        wrong = []
+
+    async def script(paper: Paper) -> None:
+        names = ""
         for typed, wanted in SPANISH:
             if typed == "/save damaged":
                 (begun,) = folder.glob("*.jsonl")
@@ -326,15 +330,13 @@ def test_what_is_wrong_is_said_in_spanish(box: Box) -> None:
                 for age, name in enumerate((begun.stem, "damaged", "newer", "other")):
                     os.utime(folder / f"{name}.jsonl", (2e9 - age, 2e9 - age))
                 names = f"{begun.stem}, damaged, newer, other"
-            before = len(screen.said)
-            screen.type(f"{typed}\r")
-            screen.settle(0.15)
-            rows = [f"> {typed}", *(row.replace("{folder}", str(folder)) for row in wanted)]
-            if "{names}" in rows[-1]:
-                rows[-1] = rows[-1].replace("{names}", names)
-            if screen.said[before:] != rows:
-                wrong.append((screen.said[before:], rows))
-        assert wrong == []
+            values = {"{folder}": str(folder), "{names}": names}
+            assert await paper.enter(typed) == [
+                functools.reduce(lambda row, name: row.replace(name, values[name]), values, row) for row in wanted
+            ]
+
+    monkeypatch.setenv("AFINAR_LANG", "es")
+    chat_on_paper(box, monkeypatch, script)
 
 
 def test_every_sampling_parameter_is_completed() -> None:

@@ -1,6 +1,5 @@
 """The terminal client in a real pseudo-terminal, seen by a terminal emulator."""
 
-import contextlib
 import json
 import os
 import random
@@ -385,27 +384,6 @@ def test_an_edit_without_a_word_is_offered_again(box: Box) -> None:
         assert "1 exchange in" in screen.ask("/status", "slots")[-1]
 
 
-def test_a_conversation_with_an_adapter_that_is_gone(box: Box) -> None:
-    (box.work / "one").mkdir()
-    (box.work / "one" / "prefix").write_text("I say:\n")
-    box.daemon()
-    assert box.run("load", "ADAPTER=one").returncode == 0
-    with Screen(box, "chat") as screen:
-        screen.expect("\n>")
-        screen.ask("/adapter one@a065", "answers from now on")
-        screen.ask("hello", "hello")
-        screen.ask("/save mine", "mine now")
-        screen.type(LEAVE)
-        assert screen.wait() == 0
-    assert box.run("unload", "ADAPTER=one").returncode == 0
-    for command in ("/load mine", "/resume mine"):
-        with Screen(box, "chat") as screen:
-            screen.expect("\n>")
-            screen.ask(command, "one@a065 is not here; base answers from now on.")
-            screen.settle()
-            assert screen.ask("next", "next")[-1] == "next"
-
-
 def test_to_load_a_conversation_takes_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = ConversationFile(tmp_path)
     synced = []
@@ -414,13 +392,6 @@ def test_to_load_a_conversation_takes_one_sync(tmp_path: Path, monkeypatch: pyte
     # The file, and the folder that is its.
     assert len(synced) == 2 and len(events(file.path)) == 101
     file.close()
-
-
-def test_who_is_alone_cannot_be_compared(box: Box) -> None:
-    box.daemon()
-    with Screen(box, "chat", size=(300, 30)) as screen:
-        screen.expect("\n>")
-        assert screen.ask("/compare", "error")[-1].startswith("error: only base is here; try make load ADAPTER=")
 
 
 def test_ctrl_c_leaves_a_search(box: Box) -> None:
@@ -614,21 +585,6 @@ def test_a_plain_terminal_copies_nothing(box: Box) -> None:
         assert b"\x1b" not in screen.raw
 
 
-@pytest.mark.parametrize("variable", ["TERM=dumb", "NO_COLOR=1"])
-def test_a_terminal_that_cannot_draw_gets_no_escape(box: Box, variable: str) -> None:
-    box.daemon()
-    name, _, value = variable.partition("=")
-    with Screen(box, "chat", **{name: value}) as screen:
-        screen.expect("\n>")
-        screen.type("**hola**\r")
-        screen.expect("\n**hola**\n")
-        screen.type("/undo\r")
-        screen.expect("Taken back: **hola**")
-        screen.type("/quit\r")
-        assert screen.wait() == 0
-        assert b"\x1b" not in screen.raw
-
-
 @pytest.mark.slow
 def test_every_line_of_a_long_answer_is_there_once_and_a_token_costs_the_same(box: Box) -> None:
     (box.work / "long").mkdir()
@@ -644,15 +600,3 @@ def test_every_line_of_a_long_answer_is_there_once_and_a_token_costs_the_same(bo
         screen.expect("\ngo\n>", 120)
         seen = re.findall(r"L\d{4}", "\n".join(screen.said))
         assert seen == [f"L{n:04d}" for n in range(2000)]
-
-
-def test_a_language_of_the_user(box: Box) -> None:
-    box.daemon()
-    with Screen(box, "chat", AFINAR_LANG="es") as screen:
-        screen.expect("/help muestra los comandos, Ctrl-D sale.\n>")
-        assert screen.ask("/undo", "error") == [
-            "> /undo",
-            "error: Aún no se ha preguntado nada; prueba con una pregunta.",
-        ]
-        with contextlib.suppress(AssertionError):
-            screen.ask("/quit", "never")
