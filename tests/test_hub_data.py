@@ -8,22 +8,42 @@ import pytest
 from tests.hub_server import COMMIT, TOKEN, serve
 from tests.running import run_python
 
-# Reads each of the given data options in turn; `datasets` looks at the environment when it is imported.
-READ = """
-import json, sys
+# `datasets` looks at the environment when it is imported, so a process of its own asks under each; what it shares with the others
+# is imported before. Each of the given data options is read in turn; a list of words is a command.
+ASK = """
+import contextlib, io, json, os, sys
+import pandas, pyarrow.dataset, pyarrow.parquet
 from launcher import data
+from launcher.__main__ import main
 from launcher.config import Data
-from launcher.errors import UserError
+from launcher.errors import UserError, run_main
 from launcher.variables import is_hub_data
-told = {}
-for name, options in json.loads(sys.argv[1]).items():
+
+def read(options):
     assert is_hub_data(options["source"])
     try:
         splits = data.read(Data(**options))
-        told[name] = [len(splits.train), len(splits.held_out), splits.shapes, splits.left_out, splits.train[0]]
+        return [len(splits.train), len(splits.held_out), splits.shapes, splits.left_out, splits.train[0]]
     except UserError as error:
-        told[name] = list(error.faults)
-print(json.dumps({**told, "torch": "torch" in sys.modules}))
+        return list(error.faults)
+
+def command(words):
+    out, err, sys.argv[1:] = io.StringIO(), io.StringIO(), words
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_main(main)
+    except SystemExit as end:
+        return [end.code, out.getvalue(), err.getvalue()]
+
+for environment, questions in json.loads(sys.argv[1]):
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    assert not {"datasets", "huggingface_hub"} & set(sys.modules)
+    os.environ.update(environment)
+    told = {name: command(it) if isinstance(it, list) else read(it) for name, it in questions.items()}
+    print(json.dumps({**told, "torch": "torch" in sys.modules}), flush=True)
+    os._exit(0)
 """
 NEEDS_NONE = "check the network, or try DATA=cafe, which needs none"
 FAULTS = {
@@ -68,40 +88,49 @@ GOOD = {
 SKIPPED = {"source": "org/faulty", "on_error": "skip"}
 
 
-def ask(endpoint, home, questions, **env):
-    """What a new process tells of each of `questions`; nothing else may reach the screen."""
-    done = run_python(
-        "-c", READ, json.dumps(questions),
-        env={
-            "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HUGGINGFACE_TOKEN": "", "HF_TOKEN": "",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1", **env,
-        },
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert len(done.stdout.splitlines()) == 1
-    return json.loads(done.stdout)
+HERE = {
+    "here": {"source": "org/orders"},
+    "this commit": {"source": "org/orders", "revision": COMMIT},
+    "a tag": {"source": "org/orders", "revision": "v1"},
+    "not here": {"source": "org/other"},
+}
 
 
 @pytest.fixture(scope="module")
-def hub():
+def asked(tmp_path_factory):
+    """What is told with a hub, with a token for it, and then without the hub: where it cannot be reached, where none is wanted."""
+    home = tmp_path_factory.mktemp("home")
     server = serve()
-    yield f"http://127.0.0.1:{server.server_port}"
+    questions = {name: options for name, (options, _) in {**FAULTS, **GOOD}.items()}
+    questions |= {"skipped": SKIPPED, "stopped": {"source": "org/faulty"}}
+    questions["a command"] = ["plan", "DATA=org/orders", "data.split=dev"]
+    with socket.socket() as taken:
+        # Bound and not listening: whoever connects is refused at once.
+        taken.bind(("127.0.0.1", 0))
+        hub, nowhere = (f"http://127.0.0.1:{port}" for port in (server.server_port, taken.getsockname()[1]))
+        rounds = [
+            ({"HF_ENDPOINT": hub}, questions),
+            ({"HF_ENDPOINT": hub, "HUGGINGFACE_TOKEN": TOKEN}, {"private": {"source": "org/private"}}),
+            ({"HF_ENDPOINT": nowhere}, HERE),
+            ({"HF_ENDPOINT": nowhere, "HF_HUB_OFFLINE": "1"}, HERE),
+        ]
+        done = run_python(
+            "-c", ASK, json.dumps(rounds),
+            env={
+                "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HUGGINGFACE_TOKEN": "", "HF_TOKEN": "",
+                "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "OPENBLAS_NUM_THREADS": "1",
+            },
+        )  # fmt: skip
     server.shutdown()
     server.server_close()
+    # Nothing else may reach the screen.
+    assert (done.returncode, done.stderr) == (0, "")
+    return dict(zip(("hub", "token", "nowhere", "offline"), map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def told(hub, home):
-    """What is told of every question, all asked in one process."""
-    questions = {name: options for name, (options, _) in {**FAULTS, **GOOD}.items()}
-    return ask(hub, home, {**questions, "skipped": SKIPPED, "stopped": {"source": "org/faulty"}})
+@pytest.fixture
+def told(asked):
+    return asked["hub"]
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -128,23 +157,12 @@ def test_torch_is_not_loaded(told):
     assert told["torch"] is False
 
 
-def test_the_token_opens_what_is_private(hub, tmp_path):
-    assert ask(hub, tmp_path, {"it": {"source": "org/private"}}, HUGGINGFACE_TOKEN=TOKEN)["it"][:2] == [18, 2]
+def test_the_token_opens_what_is_private(asked):
+    assert asked["token"]["private"][:2] == [18, 2]
 
 
-def test_without_the_hub_what_is_here_is_used(told, home):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        # Bound and not listening: whoever connects is refused at once.
-        nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        questions = {
-            "here": {"source": "org/orders"},
-            "this commit": {"source": "org/orders", "revision": COMMIT},
-            "a tag": {"source": "org/orders", "revision": "v1"},
-            "not here": {"source": "org/other"},
-        }
-        told = ask(nowhere, home, questions)
-        offline = ask(nowhere, home, questions, HF_HUB_OFFLINE="1")
+def test_without_the_hub_what_is_here_is_used(asked):
+    told, offline = asked["nowhere"], asked["offline"]
     assert told["here"][:2] == told["this commit"][:2] == offline["here"][:2] == [18, 2]
     gone = f"is not on this machine and the hub cannot be reached; {NEEDS_NONE}"
     assert told["not here"] == [f"DATA=org/other: it {gone}"]
@@ -153,11 +171,6 @@ def test_without_the_hub_what_is_here_is_used(told, home):
     assert offline["not here"] == [f"DATA=org/other: {unset}"]
 
 
-def test_the_command_ends_with_2(hub, tmp_path):
-    done = run_python(
-        "-m", "launcher", "plan", "DATA=org/orders", "data.split=dev",
-        env={"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HUGGINGFACE_TOKEN": ""},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr == "error: DATA=org/orders: no split dev; try data.split=train, the splits are: train, test\n"
-    assert done.stdout == ""
+def test_the_command_ends_with_2(told):
+    fault = "error: DATA=org/orders: no split dev; try data.split=train, the splits are: train, test\n"
+    assert told["a command"] == [2, "", fault]
