@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from launcher.variables import ROOT
 from tests.support.zygote import HeavyPopen
 
+# A training of a tiny model in two steps. A test names what else it needs; of two values the later one counts.
+SMALL = ("data.limit=16", "batch.size=8", "optim.lr=1e-2", "model.dtype=fp32", "eval.examples=1", "eval.answers=0")
+
 
 def start_python(
     *args: str, cwd: Path = ROOT, env: dict[str, str] | None = None, cold: bool | None = None, **streams: Any
@@ -37,6 +40,13 @@ def run_python(
     with start_python(*args, cwd=cwd, env=env, cold=cold, **streams) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(list(args), process.returncode, out, err)
+
+
+def train(
+    model: Path, run: Path | str, *options: str, program: tuple[str, ...] = ("-m", "launcher", "train"), **rest: Any
+) -> subprocess.CompletedProcess[str]:
+    """A small training to its end, whatever that is."""
+    return run_python(*program, f"MODEL={model}", f"RUN={run}", *SMALL, *options, **rest)
 
 
 # What a check, a plan or a client must not import: seconds, and nothing that it needs.

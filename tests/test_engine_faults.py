@@ -7,7 +7,7 @@ import pytest
 from launcher import cafe
 from serve.engine import AdapterError, Sampling
 from serve.graphs import Graphs, Recording
-from tests.derived_runs import derive, train
+from tests.derived_runs import derive
 from tests.slot_answers import answer, engine
 
 pytestmark = pytest.mark.slow
@@ -16,9 +16,9 @@ NUM_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def run(tiny_llama, tmp_path_factory):
+def run(trained_run):
     """A finished lora run."""
-    return train(tiny_llama, "lora", tmp_path_factory.mktemp("runs") / "trained")
+    return trained_run("lora", "llama")
 
 
 def prompts(ours, number):

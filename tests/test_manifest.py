@@ -5,34 +5,22 @@ import shutil
 
 import pytest
 
+from launcher.report import read_metrics
 from launcher.rundir import text_digest
-from tests.conftest import write_tiny
 from tests.running import run_python
 from tests.serve_fixtures import box
 
 __all__ = ["box"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(model folder, finished run)."""
-    model = write_tiny("llama", tmp_path_factory.mktemp("model"))
-    run = tmp_path_factory.mktemp("runs") / "run"
-    done = run_python(
-        "-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", "data.limit=16", "batch.size=8", "model.dtype=fp32",
-        "eval.examples=1", "eval.answers=1",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return model, run
-
-
 @pytest.fixture
-def copies(trained, tmp_path):
-    """The run in a folder of its own, to be damaged; the model is put back afterwards."""
-    model, run = trained
-    kept = shutil.copytree(model, tmp_path / "model")
-    yield model, shutil.copytree(run, tmp_path / "run")
-    shutil.copytree(kept, model, dirs_exist_ok=True)
+def copies(trained_run, tmp_path):
+    """(model folder, finished run) to be damaged."""
+    folder = trained_run("lora", "llama").parent
+    model, run = (shutil.copytree(folder / name, tmp_path / name) for name in ("model", "run"))
+    file = run / "run.json"
+    file.write_text(file.read_text().replace(str(folder), str(tmp_path)))
+    return model, run
 
 
 def serve(run, box):
@@ -51,14 +39,14 @@ def manifest(run):
 
 
 @pytest.mark.slow
-def test_it_says_all_that_serving_needs(trained):
-    _, run = trained
+def test_it_says_all_that_serving_needs(trained_run):
+    run = trained_run("lora", "llama")
     found = manifest(run)
     assert {"name", "id", "revision", "digest", "dtype", "quantisation"} <= found["base"].keys()
     assert found["template_sha256"] == text_digest(found["template"])
     assert found["stop_ids"]
     assert found["results"]["start"]["step"] == 0
-    assert found["results"]["step"] == found["training"]["steps"] == 2
+    assert found["results"]["step"] == found["training"]["steps"] == len(read_metrics(run))
     assert found["results"]["perplexity"] > 1
 
 

@@ -12,56 +12,22 @@ from launcher.errors import UserError
 from launcher.models import load_tokenizer
 from launcher.report import read_metrics
 from serve.engine import Sampling
-from tests.conftest import CHATML, write_tiny
-from tests.running import run_python
+from tests.conftest import CHATML, LEARN, write_tiny
+from tests.derived_runs import derive
+from tests.running import run_python, train
 from tests.slot_answers import answer, engine
 
-# Learning rates for models of two layers; those of configs/peft/ are for real ones.
-LEARN = {"lora": "1e-2", "qlora": "1e-2", "ia3": "1.5e-1", "prefix": "1e-1"}
 FAMILIES = ("llama", "gpt2")
 TEMPLATES = {"chatml": CHATML, "gpt-2": card("gpt-2").template, "llama-7b": card("llama-7b").template}
 TEMPLATE_OF = {"llama": "chatml", "gpt2": "gpt-2"}
 NUM_ASKED = 2
 
 
-def train(model, run, *args):
-    done = run_python(
-        "-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", "model.dtype=fp32",
-        "eval.examples=4", "eval.answers=2", "eval.every=1000", *args,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """An overfitted run of each method on each architecture, made when first asked for."""
-    made = {}
-
-    def get(family, method):
-        if (family, method) not in made:
-            model = write_tiny(family, tmp_path_factory.mktemp(family), TEMPLATES[TEMPLATE_OF[family]])
-            run = tmp_path_factory.mktemp("runs") / f"{family}-{method}"
-            train(
-                model,
-                run,
-                f"PEFT={method}",
-                f"optim.lr={LEARN[method]}",
-                "data.limit=2",
-                "batch.size=2",
-                "optim.epochs=400",
-            )
-            made[family, method] = model, run
-        return made[family, method]
-
-    return get
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", LEARN)
-def test_it_overfits_and_what_was_saved_is_what_was_trained(runs, family, method):
-    _, run = runs(family, method)
+def test_it_overfits_and_what_was_saved_is_what_was_trained(trained_run, family, method):
+    run = trained_run(method, family)
     losses = [record["loss"] for record in read_metrics(run)]
     assert losses[-1] < 0.2 * losses[0]
     manifest = json.loads((run / "run.json").read_text())
@@ -73,8 +39,8 @@ def test_it_overfits_and_what_was_saved_is_what_was_trained(runs, family, method
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", LEARN)
-def test_the_engine_answers_what_was_learned_and_stops_by_itself(runs, family, method):
-    _, run = runs(family, method)
+def test_the_engine_answers_what_was_learned_and_stops_by_itself(trained_run, family, method):
+    run = trained_run(method, family)
     learned = data.read(Data(limit=2)).train[:NUM_ASKED]
     ours = engine([run])
     key = ours.info.adapters[0].key
@@ -92,13 +58,14 @@ def test_the_engine_answers_what_was_learned_and_stops_by_itself(runs, family, m
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", LEARN)
-def test_the_engine_computes_the_logits_of_stock_peft(runs, family, method):
+def test_the_engine_computes_the_logits_of_stock_peft(trained_run, family, method):
     """Prefill and decode of the slot engine against one plain forward pass of `PeftModel`, in every way to hold it."""
     from peft import PeftModel
 
     from launcher.reload import choose_hold
 
-    model, run = runs(family, method)
+    run = trained_run(method, family)
+    model = run.parent / "model"
     with models.quiet():
         quant = Config.model_validate(json.loads((run / "run.json").read_text())["config"]).quant
         stock = PeftModel.from_pretrained(models.load_base(model, "fp32", quant, "cpu"), str(run / "adapter")).eval()
@@ -125,30 +92,30 @@ def conversations():
 
 
 @pytest.fixture(scope="module")
-def template_runs(runs, tmp_path_factory):
-    """A run of each method with each template, the long ones reused."""
-    made = {}
+def llama_7b_run(tmp_path_factory):
+    """A lora run with the one template that no trained run has."""
+    folder = tmp_path_factory.mktemp("llama-7b")
+    done = train(write_tiny("llama", folder / "model", TEMPLATES["llama-7b"]), folder / "lora")
+    assert done.returncode == 0, done.stderr
+    return folder / "lora"
 
-    def get(method, template):
-        for family, own in TEMPLATE_OF.items():
-            if own == template:
-                return runs(family, method)[1]
-        if method not in made:
-            model = write_tiny("llama", tmp_path_factory.mktemp("llama"), TEMPLATES[template])
-            made[method] = tmp_path_factory.mktemp("runs") / method
-            train(model, made[method], f"PEFT={method}", "data.limit=16", "batch.size=8", "optim.max_steps=2")
-        return made[method]
 
-    return get
+@pytest.fixture
+def template_run(request, trained_run, method, template, tmp_path):
+    """A run of this method with this template."""
+    for family, own in TEMPLATE_OF.items():
+        if own == template:
+            return trained_run(method, family)
+    return derive(request.getfixturevalue("llama_7b_run"), tmp_path / "run", 1, method=method)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("method", LEARN)
-def test_the_daemon_reads_the_ids_that_training_reads(template_runs, method, template):
+def test_the_daemon_reads_the_ids_that_training_reads(template_run, template):
     from launcher.chat import render
 
-    run = template_runs(method, template)
+    run = template_run
     base = json.loads((run / "run.json").read_text())["base"]["id"]
     trained_with = load_tokenizer(base)
     ours = engine([run])

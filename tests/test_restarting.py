@@ -2,12 +2,12 @@
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from serve import starter
-from tests.derived_runs import train
 from tests.serve_fixtures import PATIENCE, Box, RawClient, Screen, box, wait_until
 
 __all__ = ["box"]
@@ -62,15 +62,10 @@ def test_a_daemon_that_somebody_else_looks_after_is_left_alone(box: Box) -> None
 # What a person sees; the daemon is a real one, with a tiny model.
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tiny_llama, "lora", tmp_path_factory.mktemp("runs") / "tuned")
-
-
 @pytest.fixture
-def run(trained: Path, box: Box) -> Path:
+def run(trained_run: Callable[..., Path], box: Box) -> Path:
     """A run of the box's own, as some tests break it."""
-    return shutil.copytree(trained, box.work / "runs" / "tuned")
+    return shutil.copytree(trained_run("lora", "llama"), box.work / "runs" / "tuned")
 
 
 class Chat(Screen):

@@ -17,17 +17,17 @@ from serve.graphs import Graphs, Recording
 from serve.products import SIZES, Products
 from serve.sizes import fit
 from serve.stream import StreamDecoder
-from tests.derived_runs import derive, train
+from tests.derived_runs import derive
 from tests.slot_answers import NUM_TOKENS, answer, engine
 
 ADAPTER = "adapter/adapter_model.safetensors"
 GREEDY = Sampling()
 
 
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
-    """A finished lora run of each architecture in turn."""
-    return train(tiny, "lora", tmp_path_factory.mktemp("runs") / "trained")
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def run(request, trained_run, tmp_path_factory):
+    """A finished lora run of each architecture in turn, in a folder to which other runs are added."""
+    return shutil.copytree(trained_run("lora", request.param), tmp_path_factory.mktemp("runs") / "trained")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,6 @@ def runs(run):
 def held(runs):
     """One engine for all of them."""
     return engine(runs, "adapters")
-
-
-@pytest.fixture(scope="module")
-def qlora_run(tiny_llama, tmp_path_factory):
-    """A finished qlora run."""
-    return train(tiny_llama, "qlora", tmp_path_factory.mktemp("runs") / "qlora")
 
 
 def orders(number):
@@ -121,7 +115,8 @@ def test_a_hundred_prompts_equal_generate_alone_and_among_fifteen_others(run, tu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hold", ["merged", "4bit"])
-def test_a_qlora_run_in_both_its_forms(qlora_run, hold):
+def test_a_qlora_run_in_both_its_forms(trained_run, hold):
+    qlora_run = trained_run("qlora", "llama")
     ours, model = engine([qlora_run], hold, chunk=512), stock(qlora_run, hold)
     logits = []
     choose = ours._sampler.choose
@@ -223,7 +218,7 @@ def test_a_rewritten_adapter_never_meets_what_the_old_one_read(held, run):
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_and_leaves_no_trace(held, run, tmp_path, tiny_llama):
+def test_what_does_not_fit_is_refused_and_leaves_no_trace(held, run, tmp_path):
     before, ids = held.info.adapters, held.prompt_ids(orders(1)[0])
     expected = alone(held, ids, before[0].key)
 
