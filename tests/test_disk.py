@@ -12,16 +12,10 @@ from launcher import checkpoint, failures
 from launcher.beat import Watchdog
 from launcher.held_out import Evaluation
 from launcher.report import METRICS, Report, read_evaluations, read_metrics
-from tests.running import run_python
+from tests.running import SMALL, run_python, train
 
-SMALL = [
-    "data.limit=64", "batch.size=8", "optim.lr=1e-2", "model.dtype=fp32", "checkpoint.every=2", "eval.examples=1",
-    "eval.answers=0",
-]  # fmt: skip
-
-
-def train(model, run, *args, env=None):
-    return run_python("-m", "launcher", "train", f"MODEL={model}", f"RUN={run}", *SMALL, *args, env=env)
+# Four steps, and a checkpoint after each but the last.
+FOUR = ("data.limit=32", "checkpoint.every=1")
 
 
 @contextlib.contextmanager
@@ -54,7 +48,7 @@ def test_a_full_disk_costs_no_step(tiny_llama, tmp_path):
     with small_disk(tmp_path / "disk", 8_000_000) as disk:
         (disk / "ballast").write_bytes(b"x" * 7_200_000)
         run = disk / "run"
-        args = [f"MODEL={tiny_llama}", f"RUN={run}", *SMALL, "optim.epochs=10", "optim.max_steps=60"]
+        args = [f"MODEL={tiny_llama}", f"RUN={run}", *SMALL, "checkpoint.every=2", "optim.epochs=30"]
         done = run_python("-c", free_later.replace("RUN", str(run)).replace("DISK", str(disk)), *args, cold=False)
         assert done.returncode == 0, done.stderr
         assert "the disk is full: no checkpoint of step" in done.stdout
@@ -68,7 +62,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_keeps_the_last_checkpoint(t
     with small_disk(tmp_path / "disk", 8_000_000) as disk:
         run = disk / "run"
         (disk / "ballast").write_bytes(b"x" * 7_000_000)
-        done = train(tiny_llama, run)
+        done = train(tiny_llama, run, *FOUR)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) == 1
@@ -76,7 +70,7 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_keeps_the_last_checkpoint(t
         assert "the same command again" in done.stderr
         assert checkpoint.newest(run)[0].step >= 2
         (disk / "ballast").unlink()
-        again = train(tiny_llama, run)
+        again = train(tiny_llama, run, *FOUR)
         assert again.returncode == 0, again.stderr
         assert "resumed after step" in again.stdout
 
@@ -142,18 +136,18 @@ def test_a_file_where_the_run_should_be(tiny_llama, tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_damaged_or_deleted_by_hand_is_passed_over(tiny_llama, tmp_path):
     run = tmp_path / "run"
-    assert train(tiny_llama, run, "checkpoint.keep=5").returncode == 0
+    assert train(tiny_llama, run, *FOUR, "checkpoint.keep=5").returncode == 0
     reference = (run / "adapter" / "adapter_model.safetensors").read_bytes()
     manifest = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**manifest, "state": "running"}))
-    newest = run / "checkpoints" / "step-00006" / "state.safetensors"
+    newest = run / "checkpoints" / "step-00003" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-9])
-    (run / "checkpoints" / "step-00004" / "manifest.json").unlink()
-    done = train(tiny_llama, run, "checkpoint.keep=5")
+    (run / "checkpoints" / "step-00002" / "manifest.json").unlink()
+    done = train(tiny_llama, run, *FOUR, "checkpoint.keep=5")
     assert done.returncode == 0, done.stderr
     assert "passed over" in done.stdout
-    assert "step-00006" in done.stdout
-    assert "resumed after step 2" in done.stdout
+    assert "step-00003" in done.stdout
+    assert "resumed after step 1" in done.stdout
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == reference
 
 

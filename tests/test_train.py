@@ -2,10 +2,9 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -14,14 +13,8 @@ from launcher import checkpoint, rundir
 from launcher.errors import UserError
 from launcher.loop import require_finite
 from launcher.report import read_metrics
-from launcher.variables import ROOT
-from tests.running import run_python
-
-SMALL = ["data.limit=64", "batch.size=8", "optim.lr=1e-2", "model.dtype=fp32", "checkpoint.every=4"]
-
-
-def train(model, run, *args, program=("-m", "launcher", "train"), env=None):
-    return run_python(*program, f"MODEL={model}", f"RUN={run}", *SMALL, *args, env=env)
+from tests.running import SMALL, run_python, start_python, train
+from tests.serve_fixtures import PATIENCE, wait_until
 
 
 def manifest(run):
@@ -29,11 +22,10 @@ def manifest(run):
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_leaves_what_stock_peft_reads(tiny, tmp_path):
-    run = tmp_path / "run"
-    done = train(tiny, run, "data.limit=8", "optim.epochs=60")
-    assert done.returncode == 0, done.stderr
-    assert "make chat" in done.stdout
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_run_learns_and_leaves_what_stock_peft_reads(trained_run, family):
+    run = trained_run("lora", family)
+    assert "make chat" in (run.parent / "said").read_text()
     losses = [record["loss"] for record in read_metrics(run)]
     assert len(losses) == 60
     assert losses[-1] < 0.5 * losses[0]
@@ -43,16 +35,16 @@ def test_a_run_learns_and_leaves_what_stock_peft_reads(tiny, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), str(run / "adapter"))
+    base = AutoModelForCausalLM.from_pretrained(run.parent / "model")
+    model = PeftModel.from_pretrained(base, str(run / "adapter"))
     assert AutoTokenizer.from_pretrained(run / "tokenizer").chat_template
     tuned = torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_B" in name])
     assert tuned.abs().max() > 0
 
 
 @pytest.mark.slow
-def test_an_evaluation_measures_the_base_and_the_run(tiny_llama, tmp_path):
-    run = tmp_path / "run"
-    assert train(tiny_llama, run).returncode == 0
+def test_an_evaluation_measures_the_base_and_the_run(trained_run, tmp_path):
+    run = shutil.copytree(trained_run("lora", "llama"), tmp_path / "run")
     done = run_python("-m", "launcher", "eval", f"RUN={run}")
     assert done.returncode == 0, done.stderr
     measured = json.loads((run / "eval.json").read_text())
@@ -77,11 +69,9 @@ def test_accelerate_launch_works_without_the_front_door(tiny_llama, tmp_path):
 
 
 @pytest.mark.slow
-def test_qlora_trains_in_four_bits(tiny_llama, tmp_path):
-    run = tmp_path / "run"
-    done = train(tiny_llama, run, "PEFT=qlora", "data.limit=8", "optim.epochs=60")
-    assert done.returncode == 0, done.stderr
-    assert "paging exists on GPUs only" in done.stdout
+def test_qlora_trains_in_four_bits(trained_run):
+    run = trained_run("qlora", "llama")
+    assert "paging exists on GPUs only" in (run.parent / "said").read_text()
     losses = [record["loss"] for record in read_metrics(run)]
     assert losses[-1] < 0.5 * losses[0]
     assert manifest(run)["base"]["quantisation"] == "nf4"
@@ -91,17 +81,18 @@ def test_qlora_trains_in_four_bits(tiny_llama, tmp_path):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("args", [(), ("PEFT=qlora",), ("NGPU=2",)], ids=["lora", "qlora", "zero2"])
 def test_an_interrupted_run_goes_on_where_it_was(tiny_llama, tmp_path, args):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert train(tiny_llama, whole, *args).returncode == 0
-    assert train(tiny_llama, cut, *args).returncode == 0
-    # As if it had been killed after the checkpoint of step 4.
-    rundir.write_manifest(cut, {**manifest(cut), "state": "running"})
-    assert checkpoint.newest(cut)[0].step == 4
-    done = train(tiny_llama, cut, *args)
+    run = tmp_path / "run"
+    words = ("data.limit=32", "checkpoint.every=2", *args)
+    assert train(tiny_llama, run, *words).returncode == 0
+    whole = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    # As if it had been killed after the checkpoint of step 2.
+    shutil.rmtree(run / "adapter")
+    rundir.write_manifest(run, {**manifest(run), "state": "running"})
+    assert checkpoint.newest(run)[0].step == 2
+    done = train(tiny_llama, run, *words)
     assert done.returncode == 0, done.stderr
-    assert "resumed after step 4" in done.stdout
-    first, second = (run / "adapter" / "adapter_model.safetensors" for run in (whole, cut))
-    assert first.read_bytes() == second.read_bytes()
+    assert "resumed after step 2" in done.stdout
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.slow
@@ -111,7 +102,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny_llama, tmp_path, args):
 )
 def test_a_run_that_diverges_says_so_at_once(tiny_llama, tmp_path, args):
     run = tmp_path / "run"
-    done = train(tiny_llama, run, "optim.lr=1e20", *args)
+    done = train(tiny_llama, run, "data.limit=64", "checkpoint.every=4", "optim.lr=1e20", *args)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "the training diverged" in done.stderr
@@ -132,15 +123,15 @@ def test_a_step_without_finite_numbers_is_the_last(loss, norm):
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_and_exit_75(tiny_llama, tmp_path):
     run = tmp_path / "run"
-    args = [f"MODEL={tiny_llama}", f"RUN={run}", *SMALL, "optim.epochs=200"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launcher", "train", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 6:
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=240)
+    args = [f"MODEL={tiny_llama}", f"RUN={run}", *SMALL, "optim.epochs=2000"]
+    metrics = run / "metrics.jsonl"
+    with start_python("-m", "launcher", "train", *args, stdout=subprocess.PIPE) as process:
+        wait_until(
+            lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") >= 6),
+            10 * PATIENCE,
+        )
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate()
     assert process.returncode == 75
     assert "run the same command again" in out
     assert manifest(run)["state"] == "stopped"
