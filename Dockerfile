@@ -16,6 +16,7 @@ COPY --chown=afinar Makefile requirements.lock ./
 RUN PIP_NO_CACHE_DIR=1 make dependencies
 
 COPY --chown=afinar . .
-RUN make setup
+# The environment is that of this lock, whatever date a fresh clone gives it.
+RUN touch .venv/.installed && make setup
 ENV PATH=/home/afinar/app/.venv/bin:$PATH
 CMD ["make", "help"]
