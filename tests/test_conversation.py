@@ -27,6 +27,7 @@ from serve.chat.conversation_events import (
     from_line,
     to_line,
 )
+from tests.support.share import first
 
 TEXTS = ["hello", "", "dos\nlíneas", "\u2028\x1b[31m\r", "half \ud83d", '{"kind": "user"}', "```py\nx\n", "🦊" * 50]
 
@@ -88,10 +89,11 @@ def check_invariants(conversation: Conversation, events: list[Event]) -> None:
     assert count_exchanges(type(event).__name__.lower() for event in events) == conversation.num_exchanges
 
 
-def test_turns_alternate_whatever_happens_and_the_events_tell_it_again() -> None:
+@pytest.mark.parametrize("seeds", first(1, [range(40), range(40, 200)]), ids=str)
+def test_turns_alternate_whatever_happens_and_the_events_tell_it_again(seeds: range) -> None:
     seen: set[str] = set()
     refused = 0
-    for seed in range(200):
+    for seed in seeds:
         events, kinds, num_refused = drawn_events(seed)
         seen, refused = seen | kinds, refused + num_refused
         conversation = Conversation()

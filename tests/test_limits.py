@@ -154,6 +154,7 @@ def test_what_a_connection_sends_is_taken_only_as_it_is_read(box: Box, lane: Lan
     assert UNREAD[lane] <= taken <= UNREAD[lane] + 4
 
 
+@pytest.mark.slow
 def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box) -> None:
     box.daemon()
     record = box.record()

@@ -348,6 +348,7 @@ def test_a_character_is_never_split(tokenizer):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.slow
 def test_memory_is_reserved_while_nobody_waits_and_nothing_read_is_lost(run):
     ours = engine([run], "merged")
     key = ours.info.adapters[0].key

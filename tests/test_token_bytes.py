@@ -101,6 +101,7 @@ def test_of_a_tokenizer_that_may_drop_or_shorten_text_nothing_is_said() -> None:
     assert TokenBytes().least_tokens("a" * 10**6) == 0
 
 
+@pytest.mark.slow
 def test_composing_shortens_no_more_than_it_is_thought_to() -> None:
     characters = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
     spellings = defaultdict(int)
