@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bench.rivals import Prompts, Result, Rival
+from bench.baselines import Baseline, Prompts, Result
 from serve.engine import Engine, Sampling
 from serve.errors import UserError
 from serve.pace import Pace, num_read_together
@@ -50,7 +50,7 @@ def random_model(shape: str, dtype: str, device: Any) -> Any:
     return model
 
 
-def alone(engine: Engine) -> Rival:
+def bare(engine: Engine) -> Baseline:
     """The turns of an engine process, without sockets and text."""
 
     def run(prompts: Prompts, num_tokens: int) -> Result:

@@ -41,10 +41,10 @@ class Result:
 
 
 Prompts = Sequence[Sequence[int]]
-Rival = Callable[[Prompts, int], Result]
+Baseline = Callable[[Prompts, int], Result]
 
 
-def generate(model: Any, stop_ids: Sequence[int]) -> Rival:
+def generate(model: Any, stop_ids: Sequence[int]) -> Baseline:
     """One padded batch; nobody can join or leave it."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -75,7 +75,7 @@ def generate(model: Any, stop_ids: Sequence[int]) -> Rival:
     return run
 
 
-def continuous(model: Any, stop_ids: Sequence[int]) -> Rival:
+def continuous(model: Any, stop_ids: Sequence[int]) -> Baseline:
     """transformers' continuous batching, its manager warm, tokens streamed."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -123,7 +123,7 @@ def _stream(manager: Any, prompts: Prompts, num_tokens: int) -> Result:
     return result
 
 
-def llama_cpp(path: str) -> Rival:
+def llama_cpp(path: str) -> Baseline:
     """llama.cpp through its Python package, one question after another; `path` is a GGUF file of the same model."""
     from llama_cpp import Llama
 

@@ -9,8 +9,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from bench.assembled import assembled
 from bench.train import timed
+from bench.training import assembled
 from launcher import checkpoint, loop, methods, models, shards
 from launcher.compose import load
 from launcher.errors import run_main

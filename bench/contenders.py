@@ -1,4 +1,4 @@
-"""What `bench.serve` compares: ways to answer the same questions with the same model, ours and others'."""
+"""The contenders that `bench.serve` compares: ours and others', each answers the same questions with the same model."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.serving import Served, pieces, served
-from bench.streams import questions
+from bench.daemon import Served, pieces, questions, served
 from serve.client import connect
 from serve.engine import BASE
 from serve.errors import UserError
@@ -26,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 @dataclass
 class Bench:
-    """What is compared: ways to answer by name, `ours` first, each (prompts, tokens) -> `rivals.Result`.
+    """Contenders by name, `ours` first, each (prompts, tokens) -> `baselines.Result`.
 
     `prompts` makes a prompt, as ids, of a number: none is asked twice, for ours remembers what it has read.
     """
@@ -36,7 +35,7 @@ class Bench:
     num_slots: int
     prompts: Callable[[int], list[int]]
     ours: str
-    ways: dict[str, Any] = field(default_factory=dict)
+    contenders: dict[str, Any] = field(default_factory=dict)
 
 
 # Ours: through the daemon.
@@ -44,7 +43,7 @@ class Bench:
 
 def through_daemon(daemon: Served, adapter: str | None, asked: dict[tuple[int, ...], Any]) -> Any:
     """As many clients as prompts, each with its own sockets; `asked` are the conversations that became the prompts."""
-    from bench.rivals import Result
+    from bench.baselines import Result
 
     async def client_of(submission: Any, begun: list[float]) -> list[float]:
         with await connect(daemon.record) as client:
@@ -71,7 +70,7 @@ def through_daemon(daemon: Served, adapter: str | None, asked: dict[tuple[int, .
 
 @contextlib.contextmanager
 def with_run(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
-    """A daemon that serves a run, and the same model again in this process for the rivals."""
+    """A daemon that serves a run, and the same model again in this process for the baselines."""
     from serve.held import hold_runs
 
     given = dict(word.split("=", 1) for word in words)
@@ -94,8 +93,8 @@ def with_run(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
 
         what = f"{given['RUN']} ({info['model']}, {info['hold']}, {info['dtype']}, adapter {adapter or info['adapters'][0]['name']})"
         bench = Bench(held.model, what, info["num_slots"], prompt, "daemon and clients")
-        bench.ways[bench.ours] = through_daemon(daemon, adapter, asked)
-        add_rivals(bench, own, held.stop_ids)
+        bench.contenders[bench.ours] = through_daemon(daemon, adapter, asked)
+        add_baselines(bench, own, held.stop_ids)
         yield bench
 
 
@@ -109,7 +108,7 @@ def with_shape(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
     """A model of this shape with random weights, made where it runs; nobody can talk to it, so there is no daemon."""
     import torch
 
-    from bench.alone import alone, random_model
+    from bench.bare_engine import bare, random_model
     from serve.held import Held
     from serve.slot_engine import SlotEngine
 
@@ -118,7 +117,7 @@ def with_shape(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
     settings = parse_settings([word for word in words if word.startswith(PREFIX)])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_model(own["SHAPE"], dtype, device)
-    # On a processor the engine changes how the layers of its model multiply: the rivals get one of their own.
+    # On a processor the engine changes how the layers of its model multiply: the baselines get one of their own.
     unchanged = model if device.type == "cuda" else random_model(own["SHAPE"], dtype, device)
     held = Held(model, None, own["SHAPE"], "merged", "fp32" if dtype == "fp32" else "bf16")
     engine = SlotEngine(held, settings)
@@ -131,24 +130,24 @@ def with_shape(own: dict[str, str], words: list[str]) -> Iterator[Bench]:
         ).tolist()
 
     bench = Bench(unchanged, f"{own['SHAPE']} ({dtype}, random weights)", engine.info.num_slots, prompt, "engine alone")
-    bench.ways[bench.ours] = alone(engine)
-    add_rivals(bench, own, ())
+    bench.contenders[bench.ours] = bare(engine)
+    add_baselines(bench, own, ())
     yield bench
     print(f"CUDA graphs: {engine.info.graphs}")
 
 
-def add_rivals(bench: Bench, own: dict[str, str], stop_ids: Any) -> None:
+def add_baselines(bench: Bench, own: dict[str, str], stop_ids: Any) -> None:
     """Those that were asked for and are there; a line for each that is not."""
-    from bench import rivals
+    from bench import baselines
 
-    makers = {"generate": rivals.generate, "continuous": rivals.continuous}
+    makers = {"generate": baselines.generate, "continuous": baselines.continuous}
     for name in filter(None, own["WITH"].split(",")):
         if name not in makers:
             raise UserError(f"WITH={name}: unknown; choose from: {', '.join(makers)}")
-        bench.ways[name] = makers[name](bench.model, stop_ids)
+        bench.contenders[name] = makers[name](bench.model, stop_ids)
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama.cpp is left out: llama-cpp-python is not installed")
     elif not own["GGUF"]:
         print("llama.cpp is left out: it reads its own format; try GGUF=model.gguf")
     else:
-        bench.ways["llama.cpp"] = rivals.llama_cpp(own["GGUF"])
+        bench.contenders["llama.cpp"] = baselines.llama_cpp(own["GGUF"])

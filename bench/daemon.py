@@ -1,4 +1,4 @@
-"""What the benchmarks and trials of serving begin with: a daemon of their own, its memory and handles, and tables."""
+"""A daemon of one's own for benchmarks and stress programs, questions for it, and tables."""
 
 import asyncio
 import contextlib
@@ -15,13 +15,18 @@ from typing import Any
 
 from serve import runtime, starter
 from serve.client import Client
+from serve.engine import Sampling
 from serve.errors import RequestError
 from serve.lifeline import child_environment
-from serve.pieces import Delta
 from serve.submission import Submission
 
 START_S = 300.0
 STOP_S = 30.0
+TOPICS = (
+    "a lighthouse keeper and a fox", "how bread rises", "the first train across the mountains", "a café that never closes", "why the sea is salt",
+    "two old friends who meet again", "a garden on the moon", "the history of paper", "a clock that runs backwards", "how bees find their way",
+    "a storm over the harbour", "the life of a small bookshop", "why we dream", "an island without shadows", "the longest winter", "a letter lost",
+)  # fmt: skip
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Served:
         return {**os.environ, "AFINAR_RUNTIME_DIR": str(self.folder)}
 
     def said(self) -> str:
-        """What the daemon and its engines wrote, the end of it."""
+        """The end of what the daemon and its engines wrote."""
         return "\n".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.log"))
 
 
@@ -76,15 +81,14 @@ def _published(process: "subprocess.Popen[bytes]", folder: Path) -> runtime.Reco
     raise AssertionError((folder / "daemon.log").read_text())
 
 
-def num_handles(pid: int) -> int:
-    """Open files and sockets of a process."""
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
-def processor_s(pid: int) -> tuple[float, float]:
-    """Seconds that the main thread of a process has run, and that it has waited for a processor to run on (Linux)."""
-    ran, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
-    return int(ran) / 1e9, int(waited) / 1e9
+def questions(number: int, max_tokens: int = 48, first: int = 0, **more: Any) -> list[Submission]:
+    """So many different questions, numbered from `first`, every second one with temperature and a seed."""
+    made = []
+    for n in range(first, first + number):
+        text = f"Write a long story (number {n}, ñ 🦊) about {TOPICS[n % len(TOPICS)]}."
+        sampling = Sampling(temperature=0.8, seed=n) if n % 2 else Sampling()
+        made.append(Submission([{"role": "user", "content": text}], sampling, max_tokens, **more))
+    return made
 
 
 async def pieces(client: Client, submission: Submission) -> AsyncIterator[Any]:
@@ -99,11 +103,6 @@ async def pieces(client: Client, submission: Submission) -> AsyncIterator[Any]:
             if refusal.code != "E_QUEUE_FULL":
                 raise
             await asyncio.sleep(refusal.detail["retry_after_ms"] / 1e3)
-
-
-async def answer(client: Client, submission: Submission) -> str:
-    """The whole text of an answer."""
-    return "".join([piece.text async for piece in pieces(client, submission) if isinstance(piece, Delta)])
 
 
 def chosen(args: Sequence[str], **defaults: str) -> tuple[dict[str, str], list[str]]:

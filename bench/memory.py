@@ -69,7 +69,7 @@ def measure(config: Config) -> int:
     """Bytes that loading the model and the first steps add to this process, at their highest."""
     import bitsandbytes  # noqa: F401  what training imports on its way belongs to where measuring starts
 
-    from bench.assembled import assembled
+    from bench.training import assembled
     from launcher import models
     from launcher.job import load_model
     from launcher.loop import train_step

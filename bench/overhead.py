@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.serving import chosen, pieces, served, table
-from bench.streams import TOPICS
+from bench.daemon import TOPICS, chosen, pieces, served, table
 from serve.client import Client, connect
 from serve.engine import Engine, Sampling
 from serve.engine_process import build

@@ -1,4 +1,4 @@
-"""How much sooner the next turn of a long conversation answers: `python -m bench.turns RUN=runs/smollm2-135m-lora`.
+"""The time that a remembered prefix saves the next turn of a long conversation: `python -m bench.prefix_reuse RUN=runs/smollm2-135m-lora`.
 
 The same turn twice, in turn: with what the row remembers, and after forgetting it. Times to the first token, medians.
 """
@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 
-from bench.serving import chosen
+from bench.daemon import chosen
 from launcher import cafe
 from serve.engine import Sampling
 from serve.load import Load

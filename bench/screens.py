@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.serving import chosen
+from bench.daemon import chosen
 from bench.terminal import is_busy, start
 from tests.serve_fixtures import Box, Screen, wait_until
 

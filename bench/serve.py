@@ -17,20 +17,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.serving import chosen, table
-from bench.ways import Bench, with_run, with_shape
+from bench.contenders import Bench, with_run, with_shape
+from bench.daemon import chosen, table
 from serve.errors import UserError
 from serve.figures import percentile
 
 
 def measure(bench: Bench, streams: list[int], rounds: int, num_tokens: int) -> dict[str, dict[int, list[Any]]]:
-    """Results of every way by number of streams; all ways take turns in every round. The first round is left out."""
-    found: dict[str, dict[int, list[Any]]] = {name: {n: [] for n in streams} for name in bench.ways}
+    """Results of every contender by number of streams; all take turns in every round. The first round is left out."""
+    found: dict[str, dict[int, list[Any]]] = {name: {n: [] for n in streams} for name in bench.contenders}
     fresh = itertools.count()
     for number, round_number in itertools.product(streams, range(rounds + 1)):
         prompts = [bench.prompts(next(fresh)) for _ in range(number)]
-        for name, way in bench.ways.items():
-            result = way(prompts, num_tokens)
+        for name, answer in bench.contenders.items():
+            result = answer(prompts, num_tokens)
             if round_number:
                 found[name][number].append(result)
                 print(f"{number} streams, round {round_number}: {name} {result.rate:.1f} tokens/s", file=sys.stderr)
@@ -38,7 +38,7 @@ def measure(bench: Bench, streams: list[int], rounds: int, num_tokens: int) -> d
 
 
 def figures(results: list[Any]) -> dict[str, float]:
-    """Medians over the rounds of one way with one number of streams; times in milliseconds."""
+    """Medians over the rounds of one contender with one number of streams; times in milliseconds."""
 
     def median(of: Any) -> float:
         return round(statistics.median(of(r) for r in results), 2)
@@ -55,7 +55,7 @@ def figures(results: list[Any]) -> dict[str, float]:
 
 def report(bench: Bench, found: dict[str, dict[int, list[Any]]], out: str) -> None:
     """Print the table, and write the JSON."""
-    from bench.rivals import copy_bandwidth, weight_bytes
+    from bench.baselines import copy_bandwidth, weight_bytes
 
     told = {name: {n: figures(results) for n, results in by_number.items()} for name, by_number in found.items()}
     head = ("", "streams", "tokens/s", "ours / it", "first token ms", "slowest", "between ms", "p99")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.serving import chosen, table
+from bench.daemon import chosen, table
 from serve.figures import percentile
 from tests.serve_fixtures import Box, Screen, wait_until
 

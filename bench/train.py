@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.assembled import assembled
+from bench.training import assembled
 from launcher import loop, models
 from launcher.batches import collate, each_alone
 from launcher.compose import load

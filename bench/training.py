@@ -1,4 +1,4 @@
-"""What every benchmark of training begins with."""
+"""A training assembled as the launcher does it, for the benchmarks."""
 
 from launcher import data
 from launcher.catalogue import card
