@@ -1,40 +1,35 @@
 """Many adapters loaded, unloaded and rewritten while they answer: nobody is ever answered by another one, or by an older one's cache.
 
-    python -m bench.swaps RUN=runs/x [SEED=0] [ADAPTERS=24] [REQUESTS=100] [TOKENS=16] [DTYPE=fp32] [serve.name=value …]
+    python -m tests.stress.adapter_swaps [SEED=0] [ADAPTERS=24] [REQUESTS=100] [TOKENS=16] [RUN=runs/x] [DTYPE=fp32] [serve.name=value …]
 
-The adapters are copies of one lora run whose B matrices are noise, drawn from the seed. What each has to say is found by an engine in this
-process that loads it, answers once and forgets it. Then a daemon loads all; four clients ask it the same long question, each time of
-another adapter, while one adapter after the other is unloaded and loaded again, and one folder is rewritten in place with
-the weights of none of the others. Every answer says by which `name@digest` it was given, and must be that one's to the token. Exit code 1
-unless all are, and no load, at rest or under swapping, took more than a second.
+The adapters are copies of one lora run (without RUN a tiny one, trained for this) whose B matrices are noise, drawn from the seed.
+What each has to say is found by loading it alone, asking once and unloading it. Then all are loaded; four clients ask the same long
+question, each time of another adapter, while one adapter after the other is unloaded and loaded again, and one folder is
+rewritten in place with the weights of none of the others. Every answer says by which `name@digest` it was given. Fails unless all
+are that one's to the token. The time that loads take is printed and not judged.
 """
 
 import asyncio
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from bench.serving import Served, chosen, pieces, served
+from bench.daemon import Served, pieces, served
 from serve.client import Client, connect
-from serve.engine import Engine, Sampling
-from serve.engine_process import build
 from serve.errors import RequestError
 from serve.figures import percentile
-from serve.load import Load
-from serve.pieces import Accepted, Delta
-from serve.settings import PREFIX, Settings
-from serve.settings import parse as parse_settings
+from serve.pieces import Accepted, Delta, Done
 from serve.submission import Submission
+from tests.stress.program import begin, finish, run_program
+from tests.stress.trainings import tiny_model, train
 
-CLIENTS = 4
-LOAD_S = 1.0
+CLIENTS, LEAST_SWAPS = 4, 4
 # Of the noise, as a multiple of what was trained: enough that hardly two adapters say the same.
 STRENGTH = 32.0
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -48,26 +43,45 @@ QUESTION = [
 
 
 @dataclass
-class Found:
-    """What happened: answers by what became of them, seconds of each load, keys that have answered."""
+class Tally:
+    """Answers by what became of them, seconds of each load, keys that have answered, reloads meanwhile, wrong answers."""
 
     answers: Counter[str] = field(default_factory=Counter)
     loads: list[float] = field(default_factory=list)
-    loads_at_rest: list[float] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
+    swaps: int = 0
+    is_rewritten: bool = False
     wrong: list[str] = field(default_factory=list)
 
 
-def write(run: Path, folder: Path, seed: int) -> None:
-    """A finished run like `run`, but its B matrices are noise."""
-    import torch
-    from safetensors.torch import load_file, save_file
+@dataclass
+class Trial:
+    """A daemon, the adapters it is to serve, their right answers by key, tokens of each, and questions that are left."""
 
-    tensors, draw = load_file(run / ADAPTER), torch.Generator().manual_seed(seed)
+    served: Served
+    folders: Sequence[Path]
+    rewrite: Callable[[], None]
+    num_tokens: int
+    left: int
+    seed: int
+    expected: dict[str, list[int]] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+
+    @property
+    def is_done(self) -> bool:
+        """True when enough was asked, and swapped and rewritten meanwhile."""
+        return self.left <= 0 and self.tally.swaps >= LEAST_SWAPS and self.tally.is_rewritten
+
+
+def write(run: Path, folder: Path, seed: int) -> None:
+    """Write a finished run like `run`, but its B matrices are noise."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    tensors, draw = load_file(run / ADAPTER), np.random.default_rng(seed)
     for name, tensor in tensors.items():
         if "lora_B" in name:
-            noise = torch.randn(tensor.shape, generator=draw, dtype=torch.float32)
-            tensors[name] = (STRENGTH * tensor.float().std() * noise).to(tensor.dtype)
+            tensors[name] = (STRENGTH * tensor.std() * draw.standard_normal(tensor.shape)).astype(tensor.dtype)
     if not folder.exists():
         shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "logs"))
     part = folder / f"{ADAPTER}.part"
@@ -75,94 +89,96 @@ def write(run: Path, folder: Path, seed: int) -> None:
     part.replace(folder / ADAPTER)
 
 
-def cold(engine: Engine, run: Path, num_tokens: int) -> tuple[str, list[int]]:
-    """(key, answer) of an adapter in an engine that holds no other one's words."""
-    key = engine.load_adapter(str(run)).key
-    engine.start(0, engine.prompt_ids(QUESTION), Sampling(), key)
-    token = None
-    while token is None:
-        token = engine.prefill([0])[0].token
-    answer: list[int] = []
-    while token not in engine.info.stop_ids:
-        answer.append(token)
-        if len(answer) == num_tokens:
-            break
-        token = engine.step()[0]
-    engine.free(0)
-    engine.unload_adapter(key)
-    return key, answer
+async def ask(client: Client, name: str, num_tokens: int) -> tuple[str, list[int], int]:
+    """(the key of the adapter that answered, its tokens, how many tokens of the question it had read before)."""
+    key, ids, reused = "", list[int](), 0
+    async for piece in pieces(client, Submission(QUESTION, max_tokens=num_tokens, wants_ids=True, adapter=name)):
+        if isinstance(piece, Accepted):
+            key = piece.adapter
+        elif isinstance(piece, Delta):
+            ids += piece.ids
+        elif isinstance(piece, Done):
+            reused = piece.usage["reused_tokens"]
+    return key, ids, reused
 
 
-async def asker(
-    number: int, served: Served, names: Sequence[str], expected: dict[str, list[int]], left: list[int], found: Found
-) -> None:
+async def find_expected(client: Client, trial: Trial, folders: Sequence[Path]) -> None:
+    """Load each adapter alone, ask it once, and unload it."""
+    for folder in folders:
+        await load(client, folder, trial.tally)
+        key, ids, reused = await ask(client, folder.name, trial.num_tokens)
+        trial.expected[key] = ids
+        # Else it answers by what another one has read, now and later.
+        trial.tally.wrong += [f"{key} was new and had read {reused} tokens"] if reused else []
+        await client.unload(folder.name)
+
+
+async def asker(number: int, trial: Trial) -> None:
     """Ask for one adapter after another until enough was asked."""
-    draw = random.Random(number)
-    with await connect(served.record) as client:
-        while left:
-            name = draw.choice(names)
-            submission = Submission(QUESTION, max_tokens=left[0], wants_ids=True, adapter=name)
-            key = ""
-            ids: list[int] = []
+    draw, tally = random.Random(f"{trial.seed}.{number}"), trial.tally
+    with await connect(trial.served.record) as client:
+        while not trial.is_done:
+            name = draw.choice(trial.folders).name
             try:
-                async for piece in pieces(client, submission):
-                    key = piece.adapter if isinstance(piece, Accepted) else key
-                    ids += piece.ids if isinstance(piece, Delta) else ()
+                key, ids, _ = await ask(client, name, trial.num_tokens)
             except RequestError as refusal:
                 # It is unloaded at the moment.
-                found.answers[refusal.code] += 1
+                tally.answers[refusal.code] += 1
                 await asyncio.sleep(0.05)
                 continue
-            if left:
-                left.pop()
-            found.keys.add(key)
-            is_right = ids[: len(expected[key])] == expected[key] and key.startswith(f"{name}@")
-            found.answers["right" if is_right else "WRONG"] += 1
-            found.wrong += [] if is_right else [f"{name} as {key}: {ids} and not {expected[key]}"]
+            trial.left -= 1
+            tally.keys.add(key)
+            is_right = ids == trial.expected.get(key) and key.startswith(f"{name}@")
+            tally.answers["right" if is_right else "WRONG"] += 1
+            tally.wrong += [] if is_right else [f"{name} as {key}: {ids} and not {trial.expected.get(key)}"]
 
 
-async def swapper(client: Client, folders: Sequence[Path], rewrite: Any, left: list[int], found: Found) -> None:
+async def swapper(client: Client, trial: Trial) -> None:
     """Unload and load one after another, and rewrite one when half is done, until the others have asked enough."""
-    draw, total, is_rewritten = random.Random(1), len(left), False
-    while left:
-        folder = draw.choice(folders)
-        if not is_rewritten and len(left) <= total // 2:
-            is_rewritten, folder = True, folders[0]
-            await asyncio.to_thread(rewrite)
+    draw, tally, half = random.Random(trial.seed), trial.tally, trial.left // 2
+    while not trial.is_done:
+        folder = draw.choice(trial.folders)
+        if not tally.is_rewritten and trial.left <= half:
+            tally.is_rewritten, folder = True, trial.folders[0]
+            await asyncio.to_thread(trial.rewrite)
         else:
             try:
                 await client.unload(folder.name)
             except RequestError as refusal:
                 # It is answering.
-                found.answers[f"unload: {refusal.code}"] += 1
-        await load(client, folder, found)
-        await asyncio.sleep(0.2)
+                tally.answers[f"unload: {refusal.code}"] += 1
+            else:
+                tally.swaps += 1
+        await load(client, folder, tally)
+        await asyncio.sleep(0.05)
 
 
-async def load(client: Client, folder: Path, found: Found) -> None:
+async def load(client: Client, folder: Path, tally: Tally) -> None:
     """Load, and look at the clock."""
     begun = time.monotonic()
     await client.load(str(folder))
-    found.loads.append(time.monotonic() - begun)
+    tally.loads.append(time.monotonic() - begun)
 
 
-async def swap(
-    served: Served, folders: Sequence[Path], rewrite: Any, expected: dict[str, list[int]], own: dict[str, str]
-) -> Found:
+async def swap(trial: Trial, rewritten: Path) -> None:
     """All of it, against a daemon."""
-    first, found, left = Found(), Found(), [int(own["TOKENS"])] * int(own["REQUESTS"])
-    with await connect(served.record) as client:
-        for folder in folders:
-            await load(client, folder, first)
-        print(f"{len(folders)} loads of a daemon at rest: {spread(first.loads)}", flush=True)
-        names = [folder.name for folder in folders]
-        askers = [asker(number, served, names, expected, left, found) for number in range(CLIENTS)]
-        await asyncio.gather(swapper(client, folders, rewrite, left, found), *askers)
+    tally = trial.tally
+    with await connect(trial.served.record) as client:
+        await find_expected(client, trial, [*trial.folders, rewritten])
+        different = len({tuple(ids) for ids in trial.expected.values()})
+        print(
+            f"{len(trial.expected)} adapters, {different} different answers, each loaded alone: {spread(tally.loads)}",
+            flush=True,
+        )
+        # Else a wrong answer would look right.
+        assert different > len(trial.expected) / 2, "the adapters say too much alike; try another seed"
+        for folder in trial.folders:
+            await load(client, folder, tally)
+        tally.loads.clear()
+        await asyncio.gather(swapper(client, trial), *(asker(number, trial) for number in range(CLIENTS)))
         served_now = await client.adapters()
     in_engine = [adapter["load_s"] for adapter in served_now if adapter["load_s"]]
-    print(f"served at the end: {len(served_now)}; their loads in the engine itself: {spread(in_engine)}")
-    found.loads_at_rest = first.loads
-    return found
+    print(f"{len(tally.loads)} loads meanwhile: {spread(tally.loads)}; in the engine itself: {spread(in_engine)}")
 
 
 def spread(seconds: Sequence[float]) -> str:
@@ -170,36 +186,35 @@ def spread(seconds: Sequence[float]) -> str:
     return f"p50 {percentile(seconds, 50):.2f} s, at most {max(seconds):.2f} s"
 
 
+def a_run(given: str, folder: Path) -> Path:
+    """The finished lora run that was given, or a tiny one, trained now."""
+    if not given:
+        train(tiny_model(str(folder)), folder / "run", "optim.max_steps=4", "eval.examples=1")
+    return Path(given).absolute() if given else folder / "run"
+
+
 def main(args: list[str]) -> int:
-    """Make the adapters, find their cold answers, and swap."""
-    own, words = chosen(args, SEED="0", ADAPTERS="24", REQUESTS="100", TOKENS="16", RUN="", DTYPE="fp32")
-    run, seed, number = Path(own["RUN"]).absolute(), int(own["SEED"]), int(own["ADAPTERS"])
-    settings = parse_settings([word for word in words if word.startswith(PREFIX)]) if words else Settings()
+    """Make the adapters, find their right answers, and swap."""
+    own, words = begin(args, has_daemon=True, ADAPTERS="24", REQUESTS="100", TOKENS="16", RUN="", DTYPE="fp32")
+    seed, number = int(own["SEED"]), int(own["ADAPTERS"])
     with tempfile.TemporaryDirectory() as name:
+        run = a_run(own["RUN"], Path(name))
         folders = [Path(name, f"adapter-{i}") for i in range(number)]
         rewritten = Path(name, "new", folders[0].name)
         rewritten.parent.mkdir()
         for i, folder in enumerate([*folders, rewritten]):
             write(run, folder, seed * 1000 + i)
-        engine = build(Load((str(run),), "adapters", own["DTYPE"], settings), lambda message: None)
-        expected = dict(cold(engine, folder, int(own["TOKENS"])) for folder in [*folders, rewritten])
-        different = len({tuple(answer) for answer in expected.values()})
-        print(f"seed {seed}: {len(expected)} adapters, {different} different answers, when cold", flush=True)
-        # Else a wrong answer would look right.
-        assert different > len(expected) / 2, "the adapters say too much alike; try another seed"
-        del engine
         with served(f"RUN={run}", "HOLD=adapters", f"DTYPE={own['DTYPE']}", *words) as daemon:
-            new = seed * 1000 + number
-            found = asyncio.run(swap(daemon, folders, lambda: write(run, folders[0], new), expected, own))
-            print(
-                f"{dict(found.answers)}; {len(found.keys)} keys answered; {len(found.loads)} loads meanwhile: {spread(found.loads)}"
+            rewrite = partial(write, run, folders[0], seed * 1000 + number)
+            trial = Trial(daemon, folders, rewrite, int(own["TOKENS"]), int(own["REQUESTS"]), seed)
+            asyncio.run(swap(trial, rewritten))
+            tally = trial.tally
+            return finish(
+                tally.wrong,
+                f"{len(trial.expected)} adapters, {tally.swaps} swaps, {len(tally.keys)} keys answered; {dict(tally.answers)}",
+                daemon.said(),
             )
-            slowest = max(found.loads_at_rest + found.loads)
-            faults = found.wrong + ([f"a load took {slowest:.1f} s"] if slowest > LOAD_S else [])
-            if faults:
-                print("\n".join(["FAILED", *faults, daemon.said()]))
-    return int(bool(faults))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

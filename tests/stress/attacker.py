@@ -1,4 +1,4 @@
-"""Who attacks a daemon: what it has, what it knows, and how it draws what comes next."""
+"""An attacker of a daemon: its sockets, the secrets and ids it knows, and its seeded draws."""
 
 import contextlib
 import random
@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import zmq
 
-from bench.serving import Served
+from bench.daemon import Served
 from serve.protocol import MAGIC, VERSION
 
 DATA, CONTROL = "data", "control"
@@ -17,7 +17,7 @@ DATA, CONTROL = "data", "control"
 
 @dataclass
 class Draw:
-    """Where attacks are drawn from. `sessions` are the attacker's own secrets, `ids` request ids that it has used before."""
+    """The seeded draws of attacks. `sessions` are the attacker's own secrets, `ids` request ids that it has used before."""
 
     random: random.Random
     sessions: list[bytes] = field(default_factory=lambda: [bytes(16)])
@@ -40,13 +40,13 @@ class Draw:
         return {"session": self.random.choice(self.sessions), "messages": messages, "max_tokens": 3, **more}
 
     def is_big(self) -> bool:
-        """Whether this one may be near the limit of the size."""
+        """True for the few that may be near the limit of the size."""
         self.num_big += 1
         return self.num_big % 50 == 0
 
 
 def frames(kind: bytes, request: bytes, body: Any) -> list[bytes]:
-    """What `serve.protocol.encode` makes, of anything."""
+    """The frames that `serve.protocol.encode` makes, of anything."""
     return [MAGIC, kind, request, body if isinstance(body, bytes) else msgpack.packb(body)]
 
 
@@ -74,7 +74,7 @@ class Pair:
         return True
 
     def received(self) -> Iterator[list[bytes]]:
-        """What has come."""
+        """The messages that have come."""
         for own in self.sockets.values():
             with contextlib.suppress(zmq.Again):
                 while True:

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgpack
 
-from bench.attacker import CONTROL, DATA, Draw, frames
 from serve.protocol import ADMIN, MAX_CONTROL_BYTES, MAX_MESSAGE_BYTES, VERSION, Kind
+from tests.stress.attacker import CONTROL, DATA, Draw, frames
 
 NUMBERS: tuple[Any, ...] = (
     float("nan"), float("inf"), float("-inf"), -1, -0.5, 0, 2**31, 2**63 - 1, 2**64 - 1, -(2**63), 1e308, 1e-308, "1", "", b"\x00",
@@ -70,7 +70,7 @@ def cut(draw: Draw) -> tuple[str, list[bytes]]:
 
 
 def wrong_side(draw: Draw) -> tuple[str, list[bytes]]:
-    """What only the daemon or an engine may say, and types that are not."""
+    """Messages that only the daemon or an engine may send, and types that are not."""
     kind = draw.random.choice([*(k.value for k in Kind), b"~", b"", b"SS", bytes([draw.random.randrange(256)])])
     body = {
         "info": {},

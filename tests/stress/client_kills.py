@@ -1,10 +1,11 @@
 """Kill a client outright while it writes a conversation, and see whether each turn that was finished is there again.
 
-    python -m bench.client_kills [KILLS=100] [SEED=0]
+    python -m tests.stress.client_kills [SEED=0] [KILLS=100]
 
 A child process writes through `ConversationFile`, a few bytes at a time, and reports each event whose `append` returned. Half of
 the kills come when a random byte is about to be written, the others at a random time. Half of the children go on with what
-the last kill left. Then copies of the file are cut off at random bytes. Prints the seed and every kill. Exit code 1 unless every finished turn was restored each time.
+the last kill left. Then copies of the file are cut off at random bytes. Prints every kill. Fails unless every finished turn was
+restored each time.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from bench.moments import begin
 from serve.chat.conversation import ending, replay
 from serve.chat.conversation_events import Begin, Edit, Event, Regenerate, System, Undo, User, Withdraw
 from serve.chat.conversation_file import ConversationFile
 from serve.errors import UserError
+from tests.stress.program import begin, finish, run_program
 
 NAME = "killed"
 # `Begin`, `System` and the question after them.
@@ -38,7 +38,7 @@ WORDS = ["hello", "ñandú", "🦊", '"quoted"', "\n", "{}", "```"]
 
 
 def talk(seed: int, *, is_open: bool) -> Iterator[Event]:
-    """What a client of that seed adds to a conversation, without an end; `is_open`: the last kill left an open question."""
+    """The events that a client of that seed adds to a conversation, without an end; `is_open`: the last kill left an open question."""
     draw = random.Random(seed)
     # A line shorter than what a kill leaves of the one before it.
     if is_open:
@@ -74,7 +74,7 @@ def write(folder: Path, seed: int, reports: Connection, last_byte: int | None) -
 
 
 def open_last(folder: Path) -> ConversationFile:
-    """What the last kill left, or a new conversation."""
+    """The file that the last kill left, or a new conversation."""
     if (folder / f"{NAME}.jsonl").exists():
         return ConversationFile.resume(folder, NAME)
     file = ConversationFile(folder)
@@ -118,7 +118,7 @@ def restored(folder: Path) -> list[Event]:
 
 
 def cut_well(data: bytes, said: list[Event], draw: random.Random) -> bool:
-    """Whether a copy that ends at a random byte has all the lines before it."""
+    """True if a copy that ends at a random byte has all the lines before it."""
     size = draw.randint(0, len(data))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{NAME}.jsonl").write_bytes(data[:size])
@@ -127,8 +127,9 @@ def cut_well(data: bytes, said: list[Event], draw: random.Random) -> bool:
 
 def main(args: list[str]) -> int:
     """Kill so many clients, and cut off what each has left at some more places."""
-    kills, draw = begin(args, "KILLS", 100)
-    good = torn = cuts = 0
+    own, _ = begin(args, KILLS="100")
+    kills, draw = int(own["KILLS"]), random.Random(int(own["SEED"]))
+    good = torn = cuts = events = 0
     with tempfile.TemporaryDirectory() as root:
         folder, said = Path(root), list[Event]()
         path = folder / f"{NAME}.jsonl"
@@ -138,6 +139,7 @@ def main(args: list[str]) -> int:
                 said = []
             seed, is_open = draw.getrandbits(32), replay(said).open_question is not None
             finished = kill_one(folder, seed, draw)
+            events += finished
             data = path.read_bytes() if path.exists() else b""
             is_torn = bool(data) and not data.endswith(b"\n")
             there = restored(folder)
@@ -152,10 +154,13 @@ def main(args: list[str]) -> int:
             said = there
             if not is_good:
                 path.unlink(missing_ok=True)
-    print(f"{good} of {kills} kills left every finished turn ({torn} of them hit the middle of a line)")
-    print(f"{cuts} of {kills * CUTS} files cut off at a random byte had every whole line")
-    return int(good < kills or cuts < kills * CUTS)
+    faults = [f"{kills - good} kills lost a finished turn, or brought back another one"] if good < kills else []
+    faults += [f"{kills * CUTS - cuts} files that were cut off lost a whole line"] if cuts < kills * CUTS else []
+    return finish(
+        faults,
+        f"{kills} kills ({torn} in the middle of a line), {events} events finished; {kills * CUTS} files cut off at a random byte",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

@@ -1,10 +1,10 @@
 """Many clients at once, some of which die: every request that survives ends exactly once, and nothing is left behind.
 
-    python -m bench.crowd [SEED=0] [CLIENTS=200] [REQUESTS=1000] [PROCESSES=10] [DELAY=0.005] [LIMIT_MS=50]
+    python -m tests.stress.crowd [SEED=0] [CLIENTS=200] [REQUESTS=1000] [PROCESSES=10] [DELAY=0.005] [serve.name=value …]
 
 The echo engine, whose right answers are known. One process in ten is killed outright while its clients are being answered, and of the
-rest one request in nine has its sockets closed in the middle of its words: together a fifth. Exit code 1 unless every other one
-got its text, no slot, place or handle is left, and a full queue answers within LIMIT_MS (p99).
+rest one request in nine has its sockets closed in the middle of its words: together a fifth. Fails unless every other one
+got its text, some were refused by a full queue, and no slot, place or handle is left. The time until a full queue answers is printed and not judged.
 """
 
 import asyncio
@@ -13,23 +13,34 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.serving import Served, chosen, num_handles, processor_s, served
+from bench.daemon import Served, served
 from serve.client import Client, connect
 from serve.errors import RequestError
 from serve.figures import percentile
 from serve.pieces import Delta, Done
 from serve.runtime import Record
+from tests.stress.program import begin, finish, run_program
 
 CLOSED = 1 / 9
 KILLED = 0.1
-SETTLE_S = 15.0
+SETTLE_S = 60.0
 LONG = "abcdefghi " * 90
+
+
+def num_handles(pid: int) -> int:
+    """Open files and sockets of a process."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def processor_s(pid: int) -> tuple[float, float]:
+    """Seconds that the main thread of a process has run, and that it has waited for a processor to run on (Linux)."""
+    ran, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    return int(ran) / 1e9, int(waited) / 1e9
 
 
 async def client_of(record: Record, name: str, requests: int, draw: random.Random, tell: Any) -> None:
@@ -85,8 +96,9 @@ def member(record: Record, names: Sequence[str], requests: int, seed: int, path:
         asyncio.run(everybody())
 
 
-def crowd(served: Served, clients: int, requests: int, processes: int, seed: int, limit_ms: int) -> list[str]:
-    """Run the trial, print the figures; the faults that were found."""
+def crowd(served: Served, own: dict[str, str]) -> tuple[list[str], str]:
+    """Run the trial, print the figures; the faults that were found, and a summary."""
+    clients, requests, processes, seed = (int(own[name]) for name in ("CLIENTS", "REQUESTS", "PROCESSES", "SEED"))
     asyncio.run(status_of(served))
     handles, draw = num_handles(served.record.pid), random.Random(seed)
     spawn, size = multiprocessing.get_context("spawn"), clients // processes
@@ -99,43 +111,47 @@ def crowd(served: Served, clients: int, requests: int, processes: int, seed: int
         members[-1].start()
     doomed = members[: max(1, round(KILLED * processes))]
     for process, path in zip(doomed, paths, strict=False):
-        while not (os.path.exists(path) and '"ended"' in Path(path).read_text()):  # noqa: PTH110
-            time.sleep(0.05)
-        time.sleep(draw.uniform(0, 1.0))
-        assert process.pid
-        os.kill(process.pid, signal.SIGKILL)
+        # In the middle of its requests.
+        kill_after(process, Path(path), draw.randint(1, max(size * (requests // clients) // 3, 1)))
     for process in members:
         process.join()
     told = [[json.loads(line) for line in Path(path).read_text().splitlines() if line[-1:] == "}"] for path in paths]
-    faults = judge(told, len(doomed), requests // clients * size, limit_ms)
+    faults, summary = judge(told, len(doomed), requests // clients * size)
     ran, waited = processor_s(served.record.pid)
     print(
         f"{time.monotonic() - begun:.1f} s; the daemon ran for {ran:.1f} s, and {waited:.1f} s it waited for a processor"
     )
-    return faults + settled(served, handles)
+    return faults + settled(served, handles), summary
 
 
-def judge(told: list[list[dict[str, Any]]], num_doomed: int, each: int, limit_ms: int) -> list[str]:
-    """Count the endings of the surviving processes, print them; the faults."""
+def kill_after(process: Any, path: Path, endings: int) -> None:
+    """Kill a process outright when so many of its requests have ended."""
+    while not (path.exists() and path.read_text().count('"ended"') >= endings):
+        assert process.is_alive(), "the process that was to be killed has ended"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+
+
+def judge(told: list[list[dict[str, Any]]], num_doomed: int, each: int) -> tuple[list[str], str]:
+    """Count the endings of the surviving processes: the faults, and a summary."""
     ends = [line["how"] for lines in told[num_doomed:] for line in lines if "how" in line]
-    asked = sum("asked" in line for lines in told for line in lines)
     lost = sum(("asked" in line) - ("ended" in line) for lines in told[:num_doomed] for line in lines)
-    refused = [line["refused_s"] for lines in told for line in lines if "refused_s" in line]
+    refused = [1e3 * line["refused_s"] for lines in told for line in lines if "refused_s" in line]
     right, closed = ends.count("right"), ends.count("closed")
-    print(
-        f"{asked} requests asked; of the surviving processes {len(ends)} ended: {right} right, {closed} closed by us in the middle; "
-        f"{num_doomed} of {len(told)} processes killed with {lost} requests open"
-    )
-    p50, p99, most = (1e3 * percentile(refused, percent) for percent in (50, 99, 100))
-    print(f"{len(refused)} refusals of a full queue: after p50 {p50:.1f} ms, p99 {p99:.1f} ms, at most {most:.1f} ms")
+    p50, p99, most = (percentile(refused, percent) for percent in (50, 99, 100))
+    print(f"a full queue answers after p50 {p50:.1f} ms, p99 {p99:.1f} ms, at most {most:.1f} ms")
     faults = [f"ended otherwise: {how}" for how in sorted(set(ends) - {"right", "closed"})]
     expected = each * (len(told) - num_doomed)
     faults += [] if len(ends) == expected else [f"{len(ends)} endings of {expected} requests"]
-    return faults + ([f"a full queue answers in {p99:.0f} ms"] if refused and p99 > limit_ms else [])
+    faults += [] if right and closed and lost and refused else ["too few clients: not everything has happened"]
+    return faults, (
+        f"{right} answers right, {closed} closed by us in the middle, {lost} open in the {num_doomed} of {len(told)} processes "
+        f"that were killed, {len(refused)} refusals"
+    )
 
 
 async def status_of(served: Served) -> dict[str, Any]:
-    """What the daemon says of itself."""
+    """The daemon's STATUS."""
     with await connect(served.record) as client:
         return await client.status()
 
@@ -158,15 +174,11 @@ def settled(served: Served, handles: int) -> list[str]:
 
 def main(args: list[str]) -> int:
     """Run the trial with a daemon of its own."""
-    own, words = chosen(args, SEED="0", CLIENTS="200", REQUESTS="1000", PROCESSES="10", DELAY="0.005", LIMIT_MS="50")
-    print(f"seed {own['SEED']}, {own['CLIENTS']} clients, {own['REQUESTS']} requests", flush=True)
+    own, words = begin(args, has_daemon=True, CLIENTS="200", REQUESTS="1000", PROCESSES="10", DELAY="0.005")
     with served("HOLD=echo", *words, delay=float(own["DELAY"])) as daemon:
-        numbers = (int(own[name]) for name in ("CLIENTS", "REQUESTS", "PROCESSES", "SEED", "LIMIT_MS"))
-        faults = crowd(daemon, *numbers)
-        if faults:
-            print("\n".join(["FAILED", *faults, daemon.said()]))
-    return int(bool(faults))
+        faults, summary = crowd(daemon, own)
+        return finish(faults, summary, daemon.said())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

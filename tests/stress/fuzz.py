@@ -1,29 +1,30 @@
 """Throw everything but sense at a daemon that answers eight good clients, and see whether one of them, or it, takes harm.
 
-    python -m bench.fuzz [SEED=0] [MESSAGES=100000] [FLAT=yes] [RUN=… | HOLD=echo] [serve.name=value …]
+    python -m tests.stress.fuzz [SEED=0] [MESSAGES=100000] [FLAT=yes] [RUN=… | HOLD=echo] [serve.name=value …]
 
-The attacks are in bench/attacks.py, drawn from the seed. Beside them connections vanish in the middle of answers, some never
-read, and strangers write random bytes to the sockets. Exit code 1 unless every good answer equals the one that was given when
-nobody else was there, all processes are still the same ones, no request ended twice, nothing is left open, and memory is
-flat (FLAT=no only prints it: in a short trial it is not settled).
+The attacks are in `attacks.py`, drawn from the seed. Beside them connections vanish in the middle of answers, some never
+read, and strangers write random bytes to the sockets. Fails unless every good answer equals the one that was given when nobody
+else was there, every kind of attack was tried and answered (frames that are no message are not), none by a mistake of the
+daemon's, all processes are still the same ones, no request ended twice, nothing is left open, and memory is flat (FLAT=no only
+prints it: in a short trial it is not settled).
 """
 
 import contextlib
 import random
 import socket
-import sys
 import time
 from collections import Counter
 
 import zmq
 
-from bench.attacker import DATA, Draw, Pair, frames
-from bench.attacks import ATTACKS, greetings
-from bench.serving import Served, chosen, served, table
-from bench.streams import Seen, questions, solo, streaming
+from bench.daemon import Served, questions, served, table
 from serve.engines import rss_bytes
 from serve.figures import percentile
-from serve.protocol import VERSION, Kind, ProtocolError, decode
+from serve.protocol import VERSION, Code, Kind, ProtocolError, decode
+from tests.stress.attacker import DATA, Draw, Pair, frames
+from tests.stress.attacks import ATTACKS, greetings, random_bytes, wrong_frames
+from tests.stress.program import begin, finish, run_program
+from tests.stress.streams import Seen, solo, streaming
 
 STREAMS = 8
 PAIRS = 6
@@ -35,6 +36,8 @@ ECHO_DELAY = 0.02
 MOST_A_SECOND = 400.0
 FLAT = 0.05
 PATIENCE_MS = 120_000
+SETTLE_S = 60.0
+NO_MESSAGE = (random_bytes.__name__, wrong_frames.__name__)
 
 
 class Fuzzer:
@@ -131,8 +134,9 @@ class Fuzzer:
         self._context.destroy(linger=0)
 
 
-def fuzz(served: Served, messages: int, draw: random.Random, *, is_flat: bool) -> list[str]:
-    """Run the trial, print what happened; the faults that were found."""
+def fuzz(served: Served, own: dict[str, str]) -> tuple[list[str], str]:
+    """Run the trial, print what happened; the faults that were found, and a summary."""
+    messages, draw = int(own["MESSAGES"]), random.Random(int(own["SEED"]))
     submissions = questions(STREAMS)
     expected = solo(served.record, submissions)
     pids, begun = served.pids, time.monotonic()
@@ -147,43 +151,53 @@ def fuzz(served: Served, messages: int, draw: random.Random, *, is_flat: bool) -
     fuzzer.close()
     seconds = time.monotonic() - begun
     print(table(("attack", "sent", "answered"), rows_of(fuzzer)), flush=True)
-    faults = [f"{len(seen.wrong)} good answers differ, first: {seen.wrong[0]}"] if seen.wrong else []
-    faults += seen.faults + ([] if seen.answers >= STREAMS else [f"only {seen.answers} good answers"])
+    faults = [f"{name}: sent {fuzzer.sent[name]} times, never answered" for name in unanswered(fuzzer)]
+    faults += [
+        f"{name}: a mistake of the daemon's" for name, said in fuzzer.answers.items() if said[Code.INTERNAL.value]
+    ]
+    faults += [f"{len(seen.wrong)} good answers differ, first: {seen.wrong[0]}"] if seen.wrong else []
+    faults += seen.faults + ([] if len(seen.ends) >= STREAMS else [f"only {len(seen.ends)} good answers"])
     faults += [f"processes were {pids} and are {served.pids}"] if served.pids != pids else []
     twice = sum(count > 1 for count in fuzzer.terminals.values())
     faults += [f"{twice} requests ended more than once"] if twice else []
     faults += left_open(served)
     growths = [fault for pid in pids for fault in grown(pid, memory[pid])]
-    faults += growths if is_flat else []
-    print(summary(fuzzer, seen, messages, seconds))
-    return faults
+    faults += growths if own["FLAT"] == "yes" else []
+    print(speeds(fuzzer, seen, seconds))
+    kinds = f"{messages} messages of {len(fuzzer.sent)} kinds"
+    return faults, f"{kinds}; {len(seen.ends)} good answers, {len(seen.wrong)} of them different"
+
+
+def unanswered(fuzzer: Fuzzer) -> list[str]:
+    """The kinds of attack that the daemon has said nothing to, but for those without an id to answer to."""
+    return [name for name, answers in fuzzer.answers.items() if not answers and name not in NO_MESSAGE]
 
 
 def rows_of(fuzzer: Fuzzer) -> list[tuple[str, int, str]]:
-    """How often each attack was sent and what the daemon said to it."""
+    """The kinds of attack: times sent, answers of the daemon."""
     return [
         (name, fuzzer.sent[name], ", ".join(f"{count} {what}" for what, count in fuzzer.answers[name].most_common()))
         for name in ATTACKS
     ]
 
 
-def summary(fuzzer: Fuzzer, seen: Seen, messages: int, seconds: float) -> str:
-    """The figures of the whole, in words."""
-    gaps, pongs = seen.gaps, fuzzer.pongs
+def speeds(fuzzer: Fuzzer, seen: Seen, seconds: float) -> str:
+    """The speed of the daemon meanwhile, in words."""
+    (_, gaps), pongs = seen.between(), fuzzer.pongs
     return (
-        f"{messages} messages in {seconds:.0f} s; {seen.answers} good answers, {len(seen.wrong)} of them different; between their words "
-        f"p50 {percentile(gaps, 50) * 1e3:.0f} ms, p99 {percentile(gaps, 99) * 1e3:.0f} ms, longest {max(gaps):.2f} s; PONG after p50 "
-        f"{percentile(pongs, 50) * 1e3:.1f} ms, p99 {percentile(pongs, 99) * 1e3:.0f} ms, longest {max(pongs):.2f} s"
+        f"{seconds:.0f} s; between the words of good answers p50 {percentile(gaps, 50) * 1e3:.0f} ms, p99 "
+        f"{percentile(gaps, 99) * 1e3:.0f} ms, longest {max(gaps):.2f} s; PONG after p50 {percentile(pongs, 50) * 1e3:.1f} ms, "
+        f"p99 {percentile(pongs, 99) * 1e3:.0f} ms, longest {max(pongs):.2f} s"
     )
 
 
 def left_open(served: Served) -> list[str]:
-    """What is busy, or waits, after everybody has gone."""
+    """A fault if a slot is busy or a request waits after everybody has gone."""
     context = zmq.Context()
     control = context.socket(zmq.DEALER)
     control.connect(served.record.control)
     control.send_multipart(frames(b"H", bytes(16), {"proto": [VERSION]}))
-    end, status = time.monotonic() + 15, {"busy_slots": -1, "waiting": -1}
+    end, status = time.monotonic() + SETTLE_S, {"busy_slots": -1, "waiting": -1}
     while time.monotonic() < end and status["busy_slots"] + status["waiting"] != 0:
         control.send_multipart(frames(b"T", bytes(16), {}))
         while (said := decode(control.recv_multipart())).kind is not Kind.STATUS:
@@ -211,15 +225,11 @@ def grown(pid: int, samples: list[int]) -> list[str]:
 
 def main(args: list[str]) -> int:
     """Run the trial with a daemon of its own."""
-    own, words = chosen(args, SEED="0", MESSAGES="100000", FLAT="yes")
-    words = words or ["HOLD=echo"]
-    print(f"seed {own['SEED']}, {own['MESSAGES']} messages, {' '.join(words)}", flush=True)
-    with served(*words, delay=ECHO_DELAY) as daemon:
-        faults = fuzz(daemon, int(own["MESSAGES"]), random.Random(int(own["SEED"])), is_flat=own["FLAT"] == "yes")
-        if faults:
-            print("\n".join(["FAILED", *faults, daemon.said()]))
-    return int(bool(faults))
+    own, words = begin(args, has_daemon=True, MESSAGES="100000", FLAT="yes")
+    with served(*(words or ["HOLD=echo"]), delay=ECHO_DELAY) as daemon:
+        faults, summary = fuzz(daemon, own)
+        return finish(faults, summary, daemon.said())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

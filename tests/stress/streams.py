@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
@@ -9,38 +10,40 @@ from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from bench.serving import answer, pieces
-from serve.client import connect
-from serve.engine import Sampling
+from bench.daemon import pieces
+from serve.client import Client, connect
 from serve.pieces import Delta
 from serve.runtime import Record
 from serve.submission import Submission
 
-TOPICS = (
-    "a lighthouse keeper and a fox", "how bread rises", "the first train across the mountains", "a café that never closes", "why the sea is salt",
-    "two old friends who meet again", "a garden on the moon", "the history of paper", "a clock that runs backwards", "how bees find their way",
-    "a storm over the harbour", "the life of a small bookshop", "why we dream", "an island without shadows", "the longest winter", "a letter lost",
-)  # fmt: skip
-
 
 @dataclass
 class Seen:
-    """What the good clients got: answers, how many differed from the solo ones, seconds between the words of one answer."""
+    """Results of the good clients: answers by the moment each ended, those that differ from the solo ones, faults of the clients themselves.
 
-    answers: int = 0
+    `words` are (moment, seconds since the words before of the same answer). All is there when they have left, `num_ended` always.
+    """
+
+    ends: list[float] = field(default_factory=list)
     wrong: list[tuple[str, str]] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
+    words: list[tuple[float, float]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    counter: Any = None
+
+    @property
+    def num_ended(self) -> int:
+        """Answers that have ended so far."""
+        return int(self.counter.value)
+
+    def between(self, begun: float = 0.0, ended: float = math.inf) -> tuple[int, list[float]]:
+        """(how many answers ended, the seconds between words) in this time."""
+        gaps = [seconds for moment, seconds in self.words if begun < moment < ended]
+        return sum(begun < moment < ended for moment in self.ends), gaps
 
 
-def questions(number: int, max_tokens: int = 48, first: int = 0, **more: Any) -> list[Submission]:
-    """So many different questions, numbered from `first`, every second one with temperature and a seed."""
-    made = []
-    for n in range(first, first + number):
-        text = f"Write a long story (number {n}, ñ 🦊) about {TOPICS[n % len(TOPICS)]}."
-        sampling = Sampling(temperature=0.8, seed=n) if n % 2 else Sampling()
-        made.append(Submission([{"role": "user", "content": text}], sampling, max_tokens, **more))
-    return made
+async def answer(client: Client, submission: Submission) -> str:
+    """The whole text of an answer."""
+    return "".join([piece.text async for piece in pieces(client, submission) if isinstance(piece, Delta)])
 
 
 def solo(record: Record, submissions: Sequence[Submission]) -> list[str]:
@@ -57,8 +60,9 @@ def solo(record: Record, submissions: Sequence[Submission]) -> list[str]:
 def streaming(record: Record, submissions: Sequence[Submission], expected: Sequence[str]) -> Iterator[Seen]:
     """One client for each question, from now to the end of the block; what they have seen is there after it."""
     spawn = multiprocessing.get_context("spawn")
-    stop, results, seen = spawn.Event(), spawn.SimpleQueue(), Seen()
-    process = spawn.Process(target=_run, args=(record, list(submissions), list(expected), stop, results), daemon=True)
+    stop, results, seen = spawn.Event(), spawn.SimpleQueue(), Seen(counter=spawn.Value("i"))
+    arguments = (record, list(submissions), list(expected), stop, results, seen.counter)
+    process = spawn.Process(target=_run, args=arguments, daemon=True)
     process.start()
     try:
         # They are connected and have read their first words.
@@ -66,12 +70,14 @@ def streaming(record: Record, submissions: Sequence[Submission], expected: Seque
         yield seen
     finally:
         stop.set()
-        vars(seen).update(vars(results.get()))
+        seen.ends, seen.wrong, seen.words, seen.faults = results.get()
         process.join()
 
 
-def _run(record: Record, submissions: list[Submission], expected: list[str], stop: Event, results: Any) -> None:
-    seen = Seen()
+def _run(
+    record: Record, submissions: list[Submission], expected: list[str], stop: Event, results: Any, counter: Any
+) -> None:
+    seen, begun = Seen(), set[int]()
 
     async def client_of(number: int) -> None:
         with await connect(record) as client:
@@ -80,19 +86,22 @@ def _run(record: Record, submissions: list[Submission], expected: list[str], sto
                 async for piece in pieces(client, submissions[number]):
                     if isinstance(piece, Delta):
                         now = time.monotonic()
-                        seen.gaps += [] if last is None else [now - last]
+                        seen.words += [] if last is None else [(now, now - last)]
                         words.append(piece.text)
+                        begun.add(number)
                         last = now
-                seen.answers += 1
+                seen.ends.append(time.monotonic())
+                counter.value += 1
                 if "".join(words) != expected[number]:
                     seen.wrong.append((expected[number], "".join(words)))
 
     async def all_clients() -> None:
         tasks = [asyncio.create_task(client_of(n)) for n in range(len(submissions))]
-        await asyncio.sleep(1.0)
+        while len(begun) < len(tasks) and not any(task.done() for task in tasks):
+            await asyncio.sleep(0.02)
         results.put(None)
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             seen.faults += [repr(result)] if isinstance(result, BaseException) else []
 
     asyncio.run(all_clients())
-    results.put(seen)
+    results.put((seen.ends, seen.wrong, seen.words, seen.faults))

@@ -1,45 +1,41 @@
-"""Tell one process of two to stop, at random moments: all must agree, leave a checkpoint, and exit with 75.
+"""Tell one process of two to stop, at random moments: both must agree, leave a checkpoint, and exit with 75.
 
-    python -m bench.signals [SIGNALS=20] [SEED=0]
+    python -m tests.stress.train_signals [SEED=0] [SIGNALS=20] [LATEST_S=15]
 
-A tiny model on two gloo processes. The moments are spread from the start of the processes on: loading, evaluations, steps
-and checkpoints. Prints the seed and every moment. Exit code 1 unless every one stopped in time and lost at most one step.
+A tiny model on two gloo processes, one run that is stopped and goes on again and again. The first signal and half of the others
+come up to LATEST_S after the first step of an attempt, among steps, evaluations and checkpoints; the rest between the start of
+the processes and their first step. Prints every moment. Fails unless every signal ends the run with 75 and loses at most one
+step, and every attempt goes on from the newest checkpoint.
 """
 
 import random
+import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
-from bench.moments import begin, tiny_model
-from launcher import checkpoint
 from launcher.beat import read_sign
 from launcher.errors import EXIT_STOPPED
-from launcher.report import METRICS, read_metrics
-from launcher.variables import ROOT
+from launcher.report import read_metrics
+from tests.stress.program import begin, finish, run_program
+from tests.stress.trainings import kill, newest_step, num_steps, start_training, tiny_model, wait_for
 
-LATEST_S = 25.0
-PATIENCE_S = 30.0
+# A run that has not ended after so long never will.
+HANGS_S = 120.0
 
 
 def start(model: Path, run: Path) -> subprocess.Popen[str]:
     """Two processes that train until they are stopped."""
-    args = [
-        f"MODEL={model}", f"RUN={run}", "NGPU=2", "data.limit=64", "batch.size=8", "model.dtype=fp32", "optim.epochs=100000",
-        "checkpoint.every=20", "eval.every=10", "eval.examples=20", "eval.answers=2",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "launcher", "train", *args]
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    return start_training(
+        model, run, "NGPU=2", "checkpoint.every=20", "eval.every=10", "eval.examples=20", "eval.answers=2"
     )
 
 
-def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def ranks(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     """The training processes by rank, as soon as both are there."""
     while process.poll() is None:
         found = {}
@@ -54,43 +50,76 @@ def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     raise AssertionError(process.communicate())
 
 
-def stop_once(model: Path, run: Path, draw: random.Random, number: int) -> bool:
-    """Start or resume the run, signal one process at a random moment, and tell what became of it: whether all was well."""
-    process = start(model, run)
-    ranks = workers(process)
-    delay, rank = draw.uniform(0, LATEST_S), draw.choice([0, 1])
-    name = draw.choice(["SIGTERM", "SIGINT", "SIGUSR1"]) if number % 2 else "SIGTERM"
-    time.sleep(delay)
-    sign = read_sign(run / f"logs/rank-{rank}.beat")
-    sent = time.monotonic()
-    ranks[rank].send_signal(getattr(signal, name))
+def last_step(run: Path) -> int:
+    """The last step that was written down; 0 without one."""
+    return max((record["step"] for record in read_metrics(run)), default=0) if num_steps(run) else 0
+
+
+class Run:
+    """One run of two processes, and the seconds that its first attempt took from its processes to its first step."""
+
+    def __init__(self, model: Path, folder: Path, latest_s: float, draw: random.Random) -> None:
+        self.model, self.folder, self.latest_s, self.draw = model, folder, latest_s, draw
+        self.first_s = 0.0
+        self.in_training = 0
+
+    def stop_once(self, number: int) -> list[str]:
+        """Start or resume, signal one process at a random moment, and look at what has become of it; the faults."""
+        before, done = newest_step(self.folder), num_steps(self.folder)
+        process = start(self.model, self.folder)
+        found, rank = ranks(process), self.draw.choice([0, 1])
+        name = self.draw.choice(["SIGTERM", "SIGINT", "SIGUSR1"])
+        self.wait_for_moment(process, done)
+        sign = read_sign(self.folder / f"logs/rank-{rank}.beat")
+        sent = time.monotonic()
+        found[rank].send_signal(getattr(signal, name))
+        said, is_hung = end(process)
+        has_stepped = num_steps(self.folder) > done
+        self.in_training += has_stepped
+        lost = last_step(self.folder) - newest_step(self.folder)
+        print(
+            f"{number:3}  {name} to rank {rank} ({sign.doing if sign else 'before it had begun'}): exit {process.returncode} "
+            f"after {time.monotonic() - sent:.1f} s, {lost} steps lost",
+            flush=True,
+        )
+        faults = [f"still running after {HANGS_S:.0f} s"] if is_hung else []
+        faults += [f"exit {process.returncode}"] if process.returncode != EXIT_STOPPED else []
+        faults += [f"{lost} steps lost"] if lost > 1 else []
+        resumed = re.search(r"^resumed after step (\d+)", said, re.MULTILINE)
+        went_on = int(resumed[1]) if resumed else 0
+        faults += [f"went on after {went_on} and not {before}"] if has_stepped and went_on != before else []
+        return [f"signal {number}: {fault}\n{said}" for fault in faults]
+
+    def wait_for_moment(self, process: subprocess.Popen[str], done: int) -> None:
+        """Wait until a random moment of an attempt."""
+        is_early = self.draw.random() < 0.5
+        if self.first_s and is_early:
+            time.sleep(self.draw.uniform(0, self.first_s))
+            return
+        seconds = wait_for(process, lambda: num_steps(self.folder) > done)
+        self.first_s = self.first_s or seconds
+        time.sleep(self.draw.uniform(0, self.latest_s))
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, bool]:
+    """Wait for the end of a run: (its output, True if it had to be killed)."""
     try:
-        said, _ = process.communicate(timeout=PATIENCE_S)
+        return process.communicate(timeout=HANGS_S)[0], False
     except subprocess.TimeoutExpired:
-        process.kill()
-        said, _ = process.communicate()
-    took = time.monotonic() - sent
-    done = read_metrics(run) if (run / METRICS).exists() else []
-    newest, _ = checkpoint.newest(run)
-    lost = (done[-1]["step"] if done else 0) - (newest.step if newest else 0)
-    is_good = process.returncode == EXIT_STOPPED and lost <= 1 and took < PATIENCE_S
-    print(
-        f"{number:3}  {name} to rank {rank} after {delay:.2f} s ({sign.doing if sign else 'before it had begun'}): "
-        f"exit {process.returncode} after {took:.1f} s, {lost} steps lost{'' if is_good else chr(10) + said}",
-        flush=True,
-    )
-    return is_good
+        kill(process)
+        return process.communicate()[0], True
 
 
 def main(args: list[str]) -> int:
     """Stop and resume one run so many times."""
-    count, draw = begin(args, "SIGNALS", 20)
-    with tempfile.TemporaryDirectory() as folder:
-        model, run = tiny_model(folder), Path(folder, "run")
-        good = sum(stop_once(model, run, draw, number) for number in range(1, count + 1))
-    print(f"{good} of {count} stopped in time with exit {EXIT_STOPPED} and at most one step lost")
-    return int(good != count)
+    own, _ = begin(args, SIGNALS="20", LATEST_S="15")
+    with tempfile.TemporaryDirectory() as name:
+        run = Run(tiny_model(name), Path(name, "run"), float(own["LATEST_S"]), random.Random(int(own["SEED"])))
+        faults = [fault for number in range(1, int(own["SIGNALS"]) + 1) for fault in run.stop_once(number)]
+        return finish(
+            faults, f"{own['SIGNALS']} signals, {run.in_training} of them after a step; step {last_step(run.folder)}"
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)
