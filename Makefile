@@ -12,6 +12,7 @@
 #   SYSTEM    what the model reads before a chat
 #   SET       any option: SET="optim.lr=2e-4 batch.size=32", for serving SET="serve.slots=8"
 #   RUNS      several runs, to compare or to serve together: RUNS="one another"
+#   ONLY      one stress program: make stress ONLY=fuzz ARGS="SEED=7 MESSAGES=4000"
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -39,6 +40,7 @@ CONNECT ?=
 ADAPTER ?=
 ARGS ?=
 SET ?=
+ONLY ?=
 given = $(foreach name,$(1),$(if $($(name)),'$(name)=$($(name))'))
 # Where machines meet may stand in a cluster's environment; it is meant when there are several, or when it is typed.
 MEETING = $(foreach name,NODE_RANK MASTER_ADDR MASTER_PORT,$(if $(NNODES)$(filter command,$(origin $(name))),$(name)))
@@ -58,7 +60,7 @@ IMAGE ?= afinar
 # In the order written, also under make -j: first the check, then the set-up, then the rest.
 .NOTPARALLEL:
 .PHONY: help setup dependencies variables train plan data eval compare two-runs serve chat infer status load unload \
-  stop keys check-serve check-chat check-infer test test-fast check bench bench-serve build shell
+  stop keys check-serve check-chat check-infer test test-fast stress check bench bench-serve build shell
 
 help: ## list the targets and variables
 	@sed -n 's/^#   /  /p' Makefile; echo
@@ -140,6 +142,9 @@ test: | setup ## the whole suite
 
 test-fast: | setup ## the quick part of the suite
 	@$(TESTS) -m "not slow"
+
+stress: | setup ## kills, signals, fuzz, crowds and long matrices, pass or fail: about an hour; ONLY=fuzz runs one
+	@$(PY) -m tests.stress $(call given,ONLY) $(ARGS)
 
 check: | setup ## lint, format and types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
