@@ -189,7 +189,7 @@ def start(kind: str, request: dict[str, Any], fds: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if request["argv"][2].split(".")[0] == "serve":
+    if request["argv"][2].split(".")[0] in ("serve", "tests"):
         keep_copy(kind, fds)
     for standard, fd in enumerate(fds):
         os.dup2(fd, standard)
