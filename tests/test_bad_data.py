@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from launcher import data
+from launcher import data, sources, textfile
 from launcher.config import Data
 from tests.data_files import WRITERS, assert_clear, assert_told, faults_of, jsonl, parquet, table, write
 from tests.running import run_python
@@ -216,63 +217,29 @@ def test_a_folder_that_may_not_be_entered(as_nobody):
     assert fault.startswith(f"{source}: cannot be read (Permission denied); try another path")
 
 
-# How a file begins, what fills it to 20 MB, how it ends, and the faults that are told of it where 1 MiB is the most.
-HUGE = {
-    "a line": ("a.jsonl", b'{"text": "', b"a", b'"}\n{"text": 7}\n', ["1: a line of more than 1 MiB", "2: "]),
-    "a list on one line": ("b.json", '[{"text": "☕'.encode(), b"a", b'"}]', ["1: a value of more than 1 MiB"]),
-    "a record of empty objects": ("c.json", b"[[", b"{}," * 8, b"{}]]", ["1: a value of more than 1 MiB"]),
-    # The words for it stand beside the library's.
-    "a field": ("d.csv", b'text\n"', b"a\n" * 8, b'"\n', ["2: not CSV (a field of more than 16 MiB"]),
-    "a row": ("e.csv", b"text\n", b"a", b"\n", ["2: a line of more than 1 MiB"]),
+# A file with something long in it, read with a limit of 1 MiB: its name, how it begins, what fills it, how it ends, the faults, and how
+# many MiB reading it may take. JSON that is not one object a line is held whole: the text, and a window on it.
+LONG = {
+    "a line": ("a.jsonl", b'{"text": "', b"a", b'"}\n{"text": 7}\n', ["1: a line of more than 1 MiB", "2: "], 8),
+    "a list on one line": ("a.json", '[{"text": "☕'.encode(), b"a", b'"}]', ["1: a value of more than 1 MiB"], 100),
+    "a record of empty objects": ("a.json", b"[[", b"{}," * 8, b"{}]]", ["1: a value of more than 1 MiB"], 100),
+    "a field": ("a.csv", b'text\n"', b"a" * 63 + b"\n", b'"\n', ["2: not CSV (a field of more than"], 16),
+    "a row": ("a.csv", b"text\n", b"a", b"\n", ["2: a line of more than 1 MiB"], 8),
 }
-MEASURE = """
-import json, os, sys
-from pathlib import Path
-from launcher import data, sources, textfile
-from launcher.config import Data
-from launcher.errors import UserError
-
-def peak():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-sources.MAX_LINE = textfile.MAX_LINE = 2**20
-for path in sys.argv[1:]:
-    if child := os.fork():
-        assert os.waitpid(child, 0)[1] == 0
-        continue
-    before = peak()
-    try:
-        data.read(Data(source=path))
-    except UserError as error:
-        print(json.dumps([Path(path).name, peak() - before, error.faults]), flush=True)
-    os._exit(0)
-"""
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """(by how many MB a process grew that read it, its faults) of each file of HUGE; each is read by a process of its own."""
-    folder = tmp_path_factory.mktemp("huge")
-    for name, start, filling, end, _ in HUGE.values():
-        with (folder / name).open("wb") as file:
-            file.write(start)
-            for _ in range(20):
-                file.write(filling * (MIB // len(filling)))
-            file.write(end)
-    done = run_python("-c", MEASURE, *map(str, sorted(folder.iterdir())))
-    shutil.rmtree(folder)
-    assert done.returncode == 0, done.stderr
-    return {name: (folder / name, grown, faults) for name, grown, faults in map(json.loads, done.stdout.splitlines())}
-
-
-@pytest.mark.parametrize("case", HUGE)
-def test_a_huge_line_does_not_take_the_memory(measured, case):
-    name, *_, expected = HUGE[case]
-    path, grown, faults = measured[name]
-    # A JSON file is held whole, in two or four bytes a character; of lines not even one is.
-    assert grown < (120 if path.suffix == ".json" else 20)
-    assert_told(faults, path, expected)
+@pytest.mark.parametrize("case", LONG)
+def test_a_line_of_20_mb_does_not_take_the_memory(tmp_path, monkeypatch, case):
+    name, start, filling, end, expected, most = LONG[case]
+    (tmp_path / name).write_bytes(start + 20 * (MIB // len(filling)) * filling + end)
+    for module in (sources, textfile):
+        monkeypatch.setattr(module, "MAX_LINE", MIB)
+    tracemalloc.start()
+    faults = faults_of(tmp_path / name)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < most * MIB
+    assert_told(faults, tmp_path / name, expected)
 
 
 def test_a_json_file_that_is_too_large_is_not_read(tmp_path):
