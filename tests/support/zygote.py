@@ -30,26 +30,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
+OURS = ("launcher", "serve", "bench", "tests")
+# They start the processes of a training.
+LAUNCHERS = ("accelerate.commands.launch", "torch.distributed.run")
 # `light` knows no torch. Importing our modules brings the libraries that they need; transformers imports the rest when it is asked.
 MODULES = {
     "light": ("serve.chat.terminal", "serve.chat.piped", "serve.daemon", "serve.engine_process", "serve.manage", "launcher.__main__"),
     "heavy": (
         "serve.daemon", "serve.slot_engine", "launcher.__main__", "launcher.loop", "launcher.evaluate", "bitsandbytes",
-        "deepspeed.runtime.engine", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
+        *LAUNCHERS, "deepspeed.runtime.engine", "deepspeed.ops.op_builder.all_ops", "matplotlib.backends.backend_agg",
+        "peft.tuners.lora.bnb", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2",
     ),
 }  # fmt: skip
-OURS = ("launcher", "serve", "bench", "tests")
-AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_", "OMP_", "MKL_", "ATEN_", "CUDA_", "DS_", "ACCELERATE_", "LD_", "PYTHON")
+# How many threads there are decides nothing in a test, and what launchers tell is read when the processes join.
+AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH_EXTENSIONS_", "TORCH_HOME", "MKL_", "ATEN_", "CUDA_", "LD_", "PYTHON")
 LARGEST_REQUEST = 2**18
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _libc = ctypes.CDLL(None)
-
-
-class Exec(BaseException):
-    """A program becomes another one of ours, as by `os.execvpe`."""
-
-    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
-        self.argv, self.environment = argv, environment
 
 
 def at_import(environment: dict[str, str]) -> dict[str, str]:
@@ -69,7 +66,7 @@ class Zygote:
         """Whether this command is a program that the zygote has the libraries of."""
         if len(argv) < 3 or argv[0] != PYTHON or at_import(environment) != self.environment:
             return False
-        return argv[1] == "-c" or (argv[1] == "-m" and argv[2].split(".")[0] in OURS)
+        return argv[1] == "-c" or (argv[1] == "-m" and (argv[2] in LAUNCHERS or argv[2].split(".")[0] in OURS))
 
     def fork(self, fds: list[int], **request: Any) -> int:
         """Fork a program with these standard streams; its pid. It is a child of the calling process."""
@@ -105,16 +102,19 @@ class WarmPopen(subprocess.Popen[Any]):
 
     zygote = Zygote("light")
 
-    def __init__(self, argv: Any, *rest: Any, takes_terminal: bool = False, **options: Any) -> None:
-        self._takes_terminal = takes_terminal
+    def __init__(self, args: Any, *rest: Any, takes_terminal: bool = False, **options: Any) -> None:
         if takes_terminal:
             options |= {"start_new_session": True, "preexec_fn": _take_terminal}
-        super().__init__(argv, *rest, **options)
+        super().__init__(args, *rest, **options)
 
     def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any, *rest: Any) -> None:  # fmt: skip
         environment = {k: str(v) for k, v in (os.environ if env is None else env).items()}
         argv = [os.fspath(arg) for arg in args] if isinstance(args, list | tuple) else []
-        is_plain = executable in (None, PYTHON) and not pass_fds and (preexec_fn is None or self._takes_terminal)
+        is_unbuffered = argv[1:2] == ["-u"]
+        if is_unbuffered:
+            del argv[1]
+        first = preexec_fn and f"{preexec_fn.__module__}:{preexec_fn.__qualname__}"
+        is_plain = executable in (None, PYTHON) and not pass_fds and "<" not in (first or "")
         if not (is_plain and self.zygote.can_fork(argv, environment)):
             super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
             return
@@ -122,7 +122,8 @@ class WarmPopen(subprocess.Popen[Any]):
         streams = [fd if fd != -1 else standard for standard, fd in enumerate((p2cread, c2pwrite, errwrite))]
         self.pid = self.zygote.fork(
             streams, argv=argv, environment=environment, cwd=os.fspath(cwd or Path.cwd()), new_session=bool(new_session),
-            group=os.getpgrp() if group == -1 else group, takes_terminal=self._takes_terminal,
+            group=os.getpgrp() if group == -1 else group, is_unbuffered=is_unbuffered,
+            first=first,
         )  # fmt: skip
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
@@ -170,7 +171,10 @@ def keep_copy(kind: str, fds: list[int]) -> None:
     if os.fork():
         theirs.close()
         WarmPopen.zygote = Zygote(kind, ours)
-        subprocess.Popen = WarmPopen  # type: ignore[misc]
+        plain = subprocess.Popen
+        for module in list(sys.modules.values()):
+            if vars(module).get("Popen") is plain:
+                module.Popen = WarmPopen  # type: ignore[attr-defined]
         return
     ours.close()
     for fd in fds:
@@ -189,17 +193,20 @@ def start(kind: str, request: dict[str, Any], fds: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if request["argv"][2].split(".")[0] in ("serve", "tests"):
+    program = request["argv"][2]
+    if program in ("launcher", *LAUNCHERS) or program.startswith(("serve", "tests")):
         keep_copy(kind, fds)
     for standard, fd in enumerate(fds):
         os.dup2(fd, standard)
         os.close(fd)
-    if request["takes_terminal"]:
-        _take_terminal()
+    if request["first"]:
+        module, _, name = request["first"].partition(":")
+        getattr(importlib.import_module(module), name)()
+        forget_ours()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     _libc.prctl(_PR_SET_NAME, b"python")
-    open_streams()
+    open_streams(request["is_unbuffered"])
     try:
         run(request["argv"])
     except SystemExit as end:
@@ -221,49 +228,38 @@ def leave(code: Any) -> None:
     os._exit((code or 0) & 0xFF)
 
 
-def open_streams() -> None:
+def open_streams(is_unbuffered: bool) -> None:
     """`sys.stdin`, `sys.stdout` and `sys.stderr` as the interpreter makes them."""
     sys.stdin = io.TextIOWrapper(os.fdopen(0, "rb", closefd=False), encoding="utf-8")
     for name, fd, errors in (("stdout", 1, "strict"), ("stderr", 2, "backslashreplace")):
         is_lined = fd == 2 or os.isatty(fd)
         stream = io.TextIOWrapper(
-            os.fdopen(fd, "wb", closefd=False), encoding="utf-8", errors=errors, line_buffering=is_lined
-        )
+            os.fdopen(fd, "wb", closefd=False), encoding="utf-8", errors=errors, line_buffering=is_lined,
+            write_through=is_unbuffered,
+        )  # fmt: skip
         setattr(sys, name, stream)
 
 
 def run(argv: list[str]) -> None:
-    """Run `python -m MODULE …` or `python -c PROGRAM …`, and what it becomes by `os.execvpe`."""
+    """Run `python -m MODULE …` or `python -c PROGRAM …`."""
+    sys.orig_argv[:] = argv
     base = [entry for entry in sys.path if entry not in (str(ROOT), "")]
-    os.execvpe = become  # type: ignore[assignment]
-    while True:
-        sys.orig_argv[:] = argv
-        places = [str(Path(place).resolve()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
-        sys.path[:] = [*places, *base]
-        importlib.invalidate_caches()
-        if any(Path(place, "sitecustomize.py").is_file() for place in places):
-            sys.modules.pop("sitecustomize", None)
-            importlib.import_module("sitecustomize")
-        sys.path.insert(0, str(Path.cwd()) if argv[1] == "-m" else "")
-        sys.argv = [argv[1], *argv[3:]]
-        try:
-            if argv[1] == "-m":
-                runpy.run_module(argv[2], run_name="__main__", alter_sys=True)
-            else:
-                sys.modules["__main__"] = types.ModuleType("__main__")
-                exec(compile(argv[2], "<string>", "exec"), sys.modules["__main__"].__dict__)
-            return
-        except Exec as other:
-            argv = other.argv
-            os.environ.clear()
-            os.environ.update(other.environment)
-            forget_ours()
-
-
-def become(file: str, argv: list[str], environment: dict[str, str]) -> None:
-    """Stand in for `os.execvpe`: the same process goes on as another program of ours."""
-    assert argv[0] == PYTHON and argv[1] == "-m", argv
-    raise Exec(list(argv), dict(environment))
+    places = [str(Path(place).resolve()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    sys.path[:] = [*places, *base]
+    importlib.invalidate_caches()
+    if any(Path(place, "sitecustomize.py").is_file() for place in places):
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
+    sys.path.insert(0, str(Path.cwd()) if argv[1] == "-m" else "")
+    sys.argv = [argv[1], *argv[3:]]
+    if argv[1] == "-m":
+        if argv[2] in LAUNCHERS:
+            # It is to be run, and not to be found.
+            del sys.modules[argv[2]]
+        runpy.run_module(argv[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(argv[2], "<string>", "exec"), sys.modules["__main__"].__dict__)
 
 
 def forget_ours() -> None:
@@ -274,11 +270,16 @@ def forget_ours() -> None:
 
 def main(kind: str, link: socket.socket) -> None:
     """Import, say so, and fork."""
+    gc.disable()
     for name in MODULES[kind]:
         importlib.import_module(name)
+    if kind == "heavy":
+        # transformers compiles a thousand patterns with the first model that it loads.
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")  # type: ignore[attr-defined]
     forget_ours()
     gc.collect()
     gc.freeze()
+    gc.enable()
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "an import started a thread, and a fork would lose it"
     link.send(b"ready")
     start(kind, *serve(link))
