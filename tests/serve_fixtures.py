@@ -49,10 +49,11 @@ def children(pid: int) -> list[int]:
     return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text() != "zygote\n"]
 
 
-def _popen(words: tuple[str, ...]) -> type[WarmPopen]:
+def _popen(words: tuple[str, ...], work: Path) -> type[WarmPopen]:
     """Who starts `python -m serve WORDS`: a zygote with torch where a real run is named."""
     values = " ".join(word.partition("=")[2] for word in words if word.startswith(("RUN=", "RUNS=")))
-    return HeavyPopen if any(Path(run, "run.json").is_file() for run in values.split()) else WarmPopen
+    folders = [work / place / run for run in values.split() for place in ("", "runs")]
+    return HeavyPopen if any((folder / "run.json").is_file() for folder in folders) else WarmPopen
 
 
 class Box:
@@ -78,7 +79,7 @@ class Box:
 
     def start(self, *words: str, cold: bool = False, **extra: str) -> subprocess.Popen[str]:
         """`python -m serve WORDS`, forked by a zygote unless it is `cold`."""
-        popen = subprocess.Popen if cold else _popen(words)
+        popen = subprocess.Popen if cold else _popen(words, self.work)
         process = popen(
             [sys.executable, "-m", "serve", *words],
             cwd=self.work,
@@ -224,7 +225,7 @@ class Screen:
         self._stream = pyte.ByteStream(self.emulator)
         self.resize(*size)
 
-        self.process = _popen(words)(
+        self.process = _popen(words, box.work)(
             through or [sys.executable, "-m", "serve", *words],
             cwd=box.work,
             env=box.environment(**extra),

@@ -4,8 +4,8 @@ A forked program is as real as one started by its command: it has its own pid, s
 environment, session and exit code, and its parent is the process that asked for it. Only the seconds of importing are gone.
 Our own packages are imported anew by each program, so a fault that a test plants is there from the first line.
 
-Two things differ: `/proc/<pid>/cmdline` and `/proc/<pid>/environ` show those of the zygote, and a library reads the variables
-of AT_IMPORT once; a program with other values of them is started by its command.
+One thing differs: a library reads the variables of AT_IMPORT once; a program with other values of them is started by its
+command.
 """
 
 import atexit
@@ -27,6 +27,8 @@ import time
 import types
 from pathlib import Path
 from typing import Any
+
+from tests.support import command
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
@@ -243,6 +245,7 @@ def open_streams(is_unbuffered: bool) -> None:
 def run(argv: list[str]) -> None:
     """Run `python -m MODULE …` or `python -c PROGRAM …`."""
     sys.orig_argv[:] = argv
+    command.show(argv, dict(os.environ))
     base = [entry for entry in sys.path if entry not in (str(ROOT), "")]
     places = [str(Path(place).resolve()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
     sys.path[:] = [*places, *base]
