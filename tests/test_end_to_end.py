@@ -1,6 +1,7 @@
 """The whole path on the real small model: train, serve, ask through the client, compare with stock PEFT."""
 
 import asyncio
+import json
 import signal
 
 import pytest
@@ -15,29 +16,50 @@ from tests.serve_fixtures import PATIENCE, box  # noqa: F401
 from tests.slot_answers import engine
 
 NUM_PROMPTS = 20
-NUM_TOKENS = 24
+NUM_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
 def run(smollm2, tmp_path_factory):
-    """A short run: enough steps that the adapter says other things than the base."""
-    folder = tmp_path_factory.mktemp("runs") / "short"
+    """A run of two steps, started as a user starts it: enough that the adapter says other things than the base."""
+    folder = tmp_path_factory.mktemp("short")
+    orders = [json.dumps(example) for example in list(cafe.examples("train"))[:9]]
+    (folder / "orders.jsonl").write_text("\n".join(orders))
     done = run_python(
-        "-m", "launcher", "train", f"RUN={folder}", "optim.max_steps=8", "data.limit=64",
-        "batch.size=8", "eval.examples=4", "eval.answers=2",
+        "-m", "launcher", "train", f"DATA={folder / 'orders.jsonl'}", f"RUN={folder / 'run'}", "optim.lr=5e-3",
+        "batch.size=4", "eval.answers=0", cold=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return folder
+    return folder / "run"
 
 
 def questions():
     return [e["messages"][:1] for e in list(cafe.examples("held_out"))[:NUM_PROMPTS]]
 
 
+@pytest.fixture(scope="module")
+def expected(run, smollm2):
+    """(text, number of prompt tokens) of each question, by the run as anybody would load it, with nothing of ours."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with models.quiet():
+        base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, str(run / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    said = [stock_answer(model, tokenizer, messages) for messages in questions()]
+    with model.disable_adapter():
+        assert stock_answer(model, tokenizer, questions()[0])[0] != said[0][0]
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hold", ["adapters", "merged"])
-def test_the_daemon_says_what_stock_peft_says(run, smollm2, box, hold):  # noqa: F811
-    daemon = box.start("daemon", f"RUN={run}", f"HOLD={hold}", "DTYPE=fp32", AFINAR_CACHE=str(cache_dir()))
+def test_the_daemon_says_what_stock_peft_says(run, expected, box, hold):  # noqa: F811
+    # One of the two as a user starts it.
+    is_cold = hold == "merged"
+    words = (f"RUN={run}", f"HOLD={hold}", "DTYPE=fp32")
+    daemon = box.start("daemon", *words, cold=is_cold, AFINAR_CACHE=str(cache_dir()))
     ready = daemon.stdout.readline()
     while ready and not ready.startswith("ready: "):
         ready = daemon.stdout.readline()
@@ -53,20 +75,7 @@ def test_the_daemon_says_what_stock_peft_says(run, smollm2, box, hold):  # noqa:
         # All at once, so that they share the slots.
         return await asyncio.gather(*(ask(box.record(run.name), messages) for messages in questions()))
 
-    said = asyncio.run(ask_all())
-    model, tokenizer = stock(run, smollm2, hold)
-    assert said == [stock_answer(model, tokenizer, messages) for messages in questions()]
-
-
-def stock(run, smollm2, hold):
-    """The run as anybody would load it, with nothing of ours."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with models.quiet():
-        base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, str(run / "adapter"))
-    return (model.merge_and_unload() if hold == "merged" else model), AutoTokenizer.from_pretrained(run / "tokenizer")
+    assert asyncio.run(ask_all()) == expected
 
 
 def stock_answer(model, tokenizer, messages):
@@ -84,7 +93,7 @@ def test_the_client_sends_the_ids_that_were_trained(run, smollm2):
 
     from launcher.chat import render
 
-    ours = engine([run], "merged", "bf16")
+    ours = engine([run], "merged")
     stock_tokenizer, trained_with = (AutoTokenizer.from_pretrained(path) for path in (smollm2, run / "tokenizer"))
     for example in list(cafe.examples("held_out"))[:NUM_PROMPTS]:
         question = example["messages"][:1]
