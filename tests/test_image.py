@@ -13,6 +13,7 @@ import pytest
 
 from launcher.variables import ROOT
 
+pytestmark = pytest.mark.slow
 PACKAGES = "from setuptools.dist import Distribution; d = Distribution(); d.parse_config_files(); print(*d.packages)"
 
 
