@@ -47,6 +47,13 @@ class Splits:
         return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()
 
     @functools.cached_property
+    def system(self) -> str | None:
+        """The system turn that all training examples begin with; None if they have none, or several."""
+        first = [messages[0] for messages in self.train]
+        texts = {turn["content"] if turn["role"] == "system" else None for turn in first}
+        return texts.pop() if len(texts) == 1 else None
+
+    @functools.cached_property
     def longest_tokens(self) -> int:
         """No example has more tokens, whatever the tokenizer: a token is a byte at least, a template adds to each turn."""
         sizes = (sum(len(m["content"].encode()) + TEMPLATE_BYTES for m in messages) for messages in self.train)

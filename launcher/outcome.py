@@ -131,6 +131,7 @@ def describe(job: Job, command: str) -> dict[str, Any]:
             "quantisation": config.quant.type if config.quant.bits else None,
         },
         "data": job.material.splits.fingerprint,
+        "system": job.material.splits.system,
         "template": job.tokenizer.chat_template,
         "template_sha256": rundir.text_digest(job.tokenizer.chat_template),
         "stop_ids": list(job.material.stop_ids),

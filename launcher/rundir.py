@@ -112,6 +112,11 @@ def read_finished(run_dir: Path) -> dict[str, Any]:
     return manifest
 
 
+def system(manifest: dict[str, Any]) -> str:
+    """The system turn that all examples of a run share, "" for none; runs of earlier versions do not tell."""
+    return manifest.get("system") or ""
+
+
 def require_template(manifest: dict[str, Any], template: str) -> None:
     """Raise `UserError` unless this is the chat template that was trained."""
     was = manifest["template_sha256"]

@@ -29,7 +29,7 @@ _UNUSED = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replicatio
 class Adapter:
     """What an adapter does to the base: parts by the name of the layer, or a prefix [layers, 2, heads, tokens, dim].
 
-    `digest` is of the very bytes that were read.
+    `digest` is of the very bytes that were read; `system` is the system turn that it was trained with, "" for none.
     """
 
     method: str
@@ -38,6 +38,7 @@ class Adapter:
     matched: int = 0
     total: int = 0
     digest: str = ""
+    system: str = ""
 
     @property
     def num_prefix(self) -> int:

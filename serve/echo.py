@@ -34,7 +34,8 @@ class Utf8Detokenizer:
 class EchoEngine:
     """One UTF-8 byte a token; `$AFINAR_ECHO_DELAY` seconds pass with every step and every chunk.
 
-    An adapter is a folder whose file `prefix` holds the text that it puts before its answers.
+    An adapter is a folder whose file `prefix` holds the text that it puts before its answers; a file `system` holds its
+    system turn, if there is one.
     """
 
     STOP = 256
@@ -104,8 +105,11 @@ class EchoEngine:
             prefix = (Path(run) / "prefix").read_bytes()
         except OSError as fault:
             raise AdapterError(f"{run}: {fault.strerror}; try a folder with a file `prefix`") from None
+        system = (Path(run) / "system").read_text() if (Path(run) / "system").is_file() else ""
         digest = hashlib.sha256(prefix).hexdigest()[:12]
-        adapter = AdapterInfo(Path(run).name, digest, "echo", self.info.context, 1, 1, float(len(prefix)), run)
+        adapter = AdapterInfo(
+            Path(run).name, digest, "echo", self.info.context, 1, 1, float(len(prefix)), run, 0.0, system
+        )
         self._prefixes[adapter.key] = prefix
         others = tuple(a for a in self.info.adapters if a.key != adapter.key)
         self.info = replace(self.info, adapters=(*others, adapter))

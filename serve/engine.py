@@ -22,7 +22,8 @@ class AdapterInfo:
     """Something that answers: the bare base, or a run's adapter, known by the digest of its file.
 
     `matched` of `total` tensors found their place; `kl` is how far it moves the next token from the base on a fixed
-    probe, in nats. `context` counts the tokens of prompt and answer together. Loading took `load_s` seconds.
+    probe, in nats. `context` counts the tokens of prompt and answer together. Loading took `load_s` seconds. `system` is the
+    system turn that it was trained with, "" for none.
     """
 
     name: str
@@ -34,11 +35,18 @@ class AdapterInfo:
     kl: float | None = None
     run: str = ""
     load_s: float = 0.0
+    system: str = ""
 
     @property
     def key(self) -> str:
         """`name@digest`, or the name alone where there is no file."""
         return f"{self.name}@{self.digest}" if self.digest else self.name
+
+    def as_trained(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation behind the system turn that was trained, unless it has its own."""
+        if not self.system or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
 
 @dataclass(frozen=True)

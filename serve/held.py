@@ -33,7 +33,7 @@ class Held:
     """A base in memory. `model` is a transformers model without adapters, or with the only one merged into it.
 
     `template` and `base` are digests that an adapter must have been trained with; `merge_kl` is how far merging moved the
-    next token on the probe, in nats; `tokenizer` None answers token ids only (random weights have no words).
+    next token on the probe, in nats; `system` is the system turn of the merged run; `tokenizer` None answers token ids only (random weights have no words).
     """
 
     model: Any
@@ -47,6 +47,7 @@ class Held:
     merged: Path | None = None
     merge_kl: float | None = None
     tuned_kl: float | None = None
+    system: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -81,7 +82,9 @@ class Held:
         if manifest["template_sha256"] != self.template:
             raise AdapterError(f"{run} was trained with another chat template; serve it alone: make serve RUN={run}")
         with torch.inference_mode():
-            return adapters.read(run / "adapter", layers, self.model.config, models.DTYPES[self.dtype])
+            adapter = adapters.read(run / "adapter", layers, self.model.config, models.DTYPES[self.dtype])
+        adapter.system = rundir.system(manifest)
+        return adapter
 
 
 def base_digest(manifest: dict[str, Any]) -> str:
@@ -124,6 +127,7 @@ def hold_runs(load: Load, progress: Progress) -> Held:
         )  # fmt: skip
         if opened.hold == "merged":
             progress("merging the adapter", 2, 3)
+            held.system = rundir.system(manifest)
             _merge(held, run, opened.config.quant)
     except UserError as error:
         raise errors.UserError(str(error)) from None

@@ -76,7 +76,16 @@ class Shelf:
         except OSError as fault:
             raise AdapterError(f"{run}: {fault.strerror}; try another run") from None
         context = self._length - adapter.num_prefix
-        info = AdapterInfo(name, adapter.digest, adapter.method, context, adapter.matched, adapter.total, run=str(run))
+        info = AdapterInfo(
+            name,
+            adapter.digest,
+            adapter.method,
+            context,
+            adapter.matched,
+            adapter.total,
+            run=str(run),
+            system=adapter.system,
+        )
         if info.key in self._loaded:
             # Loaded again it is the newest of its name.
             self._put(self._loaded.pop(info.key))
@@ -146,4 +155,4 @@ def _own_info(held: Held, length: int) -> AdapterInfo:
     run = held.merged
     if run is None:
         return AdapterInfo(BASE, "", "none", length)
-    return AdapterInfo(run.name, file_digest(run), "merged", length, kl=held.tuned_kl, run=str(run))
+    return AdapterInfo(run.name, file_digest(run), "merged", length, kl=held.tuned_kl, run=str(run), system=held.system)

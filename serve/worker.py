@@ -98,7 +98,7 @@ class Worker:
 
     def _prompt_ids(self, asked: Submission, adapter: AdapterInfo, request: bytes) -> list[int]:
         try:
-            return self.engine.prompt_ids(asked.messages, adapter.context)
+            return self.engine.prompt_ids(adapter.as_trained(asked.messages), adapter.context)
         except TooLongError:
             number = sum(len(turn["content"]) for turn in asked.messages)
             text = f"the conversation is {number} characters, more than {adapter.context} tokens can be (not counted)"

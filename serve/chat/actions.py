@@ -44,8 +44,12 @@ async def system(talk: Talk, text: str) -> None:
     if text:
         talk.happen(System("" if text == "-" else text))
         await talk.recount()
-    now = talk.conversation.system
-    talk.tell("system_is", text=now) if now else talk.tell("no_system")
+    if now := talk.conversation.system:
+        talk.tell("system_is", text=now)
+    elif own := talk.own_system:
+        talk.tell("system_own", text=own)
+    else:
+        talk.tell("no_system")
 
 
 async def set_params(talk: Talk, text: str) -> None:
@@ -115,7 +119,7 @@ async def compare(talk: Talk, text: str) -> None:
         return
     mine = talk.adapter.partition("@")[0]
     other = mine if mine != BASE else next(name for name in talk.adapters if name != BASE)
-    names = list({talk.require_adapter(name): name for name in text.split() or [BASE, other]}.values())
+    names = list({talk.require_adapter(name).key: name for name in text.split() or [BASE, other]}.values())
     if len(names) < 2:
         raise UserError(say("compare_two", names=f"{BASE} {other}"))
     require(talk, Regenerate())

@@ -14,6 +14,7 @@ from serve.chat.room import make_room
 from serve.chat.sampling import options_of
 from serve.chat.talk import Talk
 from serve.client import Client, connect
+from serve.engine import BASE
 from serve.errors import NoDaemonError, RequestError, ServeError
 from serve.pieces import Accepted, Delta, Done, Piece, Waiting
 from serve.protocol import Code
@@ -112,15 +113,22 @@ class Asking:
         """The answers of all of them, side by side."""
         talk, names = self._talk, self._names
         talk.is_stopped = False
-        messages: list[dict[str, Any]] = list(talk.conversation.messages())
         with contextlib.ExitStack() as more:
             clients = [talk.client]
             for _ in names[1:]:
                 clients.append(more.enter_context(await connect(talk.client.record)))
             shown = Shown(talk.screen, names if len(names) > 1 else [""])
             with talk.asking(clients):
-                asked = [self._ask_one(shown, i, clients[i], messages) for i in range(len(names))]
+                asked = [self._ask_one(shown, i, clients[i], self._messages(i)) for i in range(len(names))]
                 return list(await asyncio.gather(*asked))
+
+    def _messages(self, number: int) -> list[dict[str, Any]]:
+        """What one of them reads. The base, which was trained with no system turn, reads that of who is beside it."""
+        talk, names = self._talk, self._names
+        messages: list[dict[str, Any]] = list(talk.conversation.messages())
+        beside = next((name for name in names if name != BASE), BASE)
+        is_own = names[number] != BASE or talk.conversation.system or not talk.key(beside)
+        return messages if is_own else talk.require_adapter(beside).as_trained(messages)
 
     async def _ask_one(self, shown: Shown, number: int, client: Client, messages: list[dict[str, Any]]) -> Outcome:
         talk, outcome = self._talk, Outcome()

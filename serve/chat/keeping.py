@@ -1,5 +1,6 @@
 """What the commands do that keep a conversation, find one again, or write it for others."""
 
+import dataclasses
 import itertools
 import shlex
 import time
@@ -107,13 +108,15 @@ def _list(talk: Talk, folder: Path) -> None:
 async def export_to(talk: Talk, text: str) -> None:
     """/export"""
     path = path_of(text)
+    # With the system turn that was read, whoever gave it.
+    read = dataclasses.replace(talk.conversation, system=talk.conversation.system or talk.own_system)
     if path.suffix == ".md":
-        if not talk.conversation.exchanges:
+        if not read.exchanges:
             raise UserError(say("nothing_asked"))
-        export_file.write_new(path, export.to_markdown(talk.conversation))
+        export_file.write_new(path, export.to_markdown(read))
         talk.tell("exported", path=path)
     elif path.suffix == ".jsonl":
-        number = export_file.add_line(path, export.to_messages_line(talk.conversation))
+        number = export_file.add_line(path, export.to_messages_line(read))
         held = say("conversations", number=number)
         if number < export.LEAST_TO_TRAIN:
             talk.tell("trains_not", path=path, conversations=held, least=export.LEAST_TO_TRAIN)

@@ -76,6 +76,11 @@ class Talk:
         info, name = self.client.info, self.adapter.partition("@")[0]
         return int(next((a["context"] for a in info["adapters"] if a["name"] == name), info["context"]))
 
+    @property
+    def own_system(self) -> str:
+        """The system turn that who answers was trained with: what is read where the person has given none."""
+        return self.require_adapter(self.adapter).system if self.key(self.adapter) else ""
+
     async def refresh(self) -> None:
         """Learn who can answer now: adapters come and go while a daemon serves."""
         client = await self.connected()
@@ -84,16 +89,16 @@ class Talk:
     def key(self, name: str) -> str:
         """The key, name@digest, of who answers to a name; "" if nobody does."""
         try:
-            return self.require_adapter(name)
+            return self.require_adapter(name).key
         except UserError:
             return ""
 
-    def require_adapter(self, name: str) -> str:
-        """Like `key`; raises `UserError` if nobody answers to that name."""
+    def require_adapter(self, name: str) -> AdapterInfo:
+        """Who answers to a name; raises `UserError` if nobody does."""
         known = {field.name for field in dataclasses.fields(AdapterInfo)}
-        infos = [{key: value for key, value in each.items() if key in known} for each in self.client.info["adapters"]]
+        infos = [{key: each[key] for key in known & each.keys()} for each in self.client.info["adapters"]]
         try:
-            return resolve(tuple(AdapterInfo(**info) for info in infos), name).key
+            return resolve(tuple(AdapterInfo(**info) for info in infos), name)
         except AdapterError as fault:
             raise UserError(str(fault)) from None
 

@@ -13,6 +13,7 @@ from serve.chat.conversation_events import Params, System
 from serve.chat.conversation_file import ConversationFile
 from serve.chat.conversation_read import listing
 from serve.chat.history import History
+from serve.chat.keeping import short
 from serve.chat.live_screen import LiveScreen
 from serve.chat.phrases import say
 from serve.chat.plain_screen import PlainScreen
@@ -68,6 +69,8 @@ class Terminal:
         # As with Ctrl-D, and the terminal is left as it was found.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
         self._screen.print(prose(f"{describe(self._talk.client, self._talk.adapter)}. {say('help_hint')}"))
+        if not self._talk.conversation.system and (own := self._talk.own_system):
+            self._talk.tell("system_own", text=short(own))
         lines = asyncio.create_task(self._obey())
         running = asyncio.create_task(self._screen.run())
         try:
