@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -13,12 +14,15 @@ from launcher.compose import load
 from launcher.errors import UserError
 from launcher.loss import Trainee
 from launcher.material import Material, load_material
-from launcher.measure import answer, fits, has_answer, parts, share, share_exact, summed_loss
+from launcher.measure import Said, answer, fits, foreseen, has_answer, read, share, share_exact
 from launcher.reload import Reloaded, open_run
 from launcher.report import printable
 from launcher.variables import parse
 
 BATCH = 40
+# Answers that are written out, right or wrong, for people to read.
+NUM_SHOWN = 8
+PARTIAL = "\ufffd"  # what a part of a character is decoded to
 
 
 def main(args: list[str]) -> int:
@@ -46,24 +50,40 @@ def main(args: list[str]) -> int:
 
 def examine(name: str, run: Reloaded, material: Material) -> dict[str, Any]:
     """Loss in nats a trained token; share of greedy last answers that are exact, and that are valid JSON where asked."""
-    device = run.model.device
-    sums = [summed_loss(Trainee(run.model), part, device) for part in parts(material.held_out, BATCH)]
-    nats, tokens = (sum(column) for column in zip(*sums, strict=True))
-    asked = [m for m in material.splits.held_out if has_answer(m) and fits(run.tokenizer, m, material.longest)]
-    said: list[str] = []
-    chunks = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
+    held_out, conversations = material.held_out, material.splits.held_out
+    readings = read(Trainee(run.model), held_out, BATCH, run.model.device)
+    loss = float(np.concatenate([reading.losses for reading in readings]).mean(dtype=np.float64))
+    asked = [i for i, m in enumerate(conversations) if has_answer(m) and fits(run.tokenizer, m, material.longest)]
+    right = [conversations[i][-1]["content"] for i in asked]
+    # Where examples were cut or left out, they are not the conversations one for one.
+    is_read = not (held_out.num_long or held_out.num_empty)
+    said = [
+        foreseen(run.tokenizer, held_out[i], readings[i], run.stop_ids) if is_read else Said("", False) for i in asked
+    ]
+    wanted = [n for n, s in enumerate(said) if not s.is_whole and (n < NUM_SHOWN or is_undecided(s.text, right[n]))]
+    chunks = [wanted[i : i + BATCH] for i in range(0, len(wanted), BATCH)]
     for chunk in track(chunks, description=f"{name} answers", console=Console(stderr=True), transient=True):
-        said += answer(run.model, run.tokenizer, chunk, run.stop_ids, device)
-    right = [messages[-1]["content"] for messages in asked]
+        questions = [conversations[asked[n]] for n in chunk]
+        texts = answer(run.model, run.tokenizer, questions, run.stop_ids, run.model.device)
+        for n, text in zip(chunk, texts, strict=True):
+            said[n] = Said(text, True)
+    texts = [s.text for s in said]
     return {
-        "loss": round(nats / tokens, 4),
-        "perplexity": round(math.exp(nats / tokens), 4),
-        "exact_match": share_exact(said, right) if asked else None,
-        "valid_json": share(map(is_json, said)) if asked and all(map(is_json, right)) else None,
+        "loss": round(loss, 4),
+        "perplexity": round(math.exp(loss), 4),
+        "exact_match": share_exact(texts, right) if asked else None,
+        "valid_json": share(map(is_json, texts)) if asked and all(map(is_json, right)) else None,
         "samples": [
-            {"asked": m[-2]["content"], "wanted": r, "answered": s} for m, r, s in zip(asked, right, said, strict=True)
+            {"asked": conversations[i][-2]["content"], "wanted": r, "answered": s.text, "is_whole": s.is_whole}
+            for i, r, s in zip(asked, right, said, strict=True)
         ],
     }
+
+
+def is_undecided(beginning: str, right: str) -> bool:
+    """Whether an answer that begins so may still be the right one, or JSON."""
+    text = beginning.strip().rstrip(PARTIAL)
+    return right.strip().startswith(text) or text[:1] in ("{", "[")
 
 
 def is_json(text: str) -> bool:

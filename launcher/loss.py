@@ -63,11 +63,36 @@ class Trainee(torch.nn.Module):
 
         Position t predicts token t + 1, so it is token t + 1 that must be `trained`.
         """
-        base = bare(self.model)
+        hidden, targets = self._read(input_ids, documents, trained, positions)
+        return FrozenHeadLoss.apply(hidden, targets, self._head)
+
+    @torch.no_grad()
+    def predictions(self, **batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss fp32 [N] in nats, likeliest token int64 [N]) at each of the N trained positions, row by row."""
+        hidden, targets = self._read(**batch)
+        losses, tokens = [], []
+        for part, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+            logits = self._head(part).float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+            tokens.append(logits.argmax(-1))
+        return torch.cat(losses), torch.cat(tokens)
+
+    @property
+    def _head(self) -> Any:
+        return bare(self.model).get_output_embeddings()
+
+    def _read(
+        self,
+        input_ids: torch.Tensor,
+        documents: torch.Tensor,
+        trained: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden states [N, D] where a trained token is predicted, these tokens int64 [N])."""
         prefix = prefix_cache(self.model, len(input_ids))
         num_prefix = prefix.get_seq_length() if prefix else 0
         reads = documents.clamp(max=1) if positions is None else _within_documents(documents)
-        hidden = base.get_decoder()(
+        hidden = bare(self.model).get_decoder()(
             input_ids=input_ids,
             attention_mask=F.pad(reads, (num_prefix, 0), value=1),
             position_ids=None if positions is None else positions + num_prefix,
@@ -75,7 +100,7 @@ class Trainee(torch.nn.Module):
             use_cache=prefix is not None,
         )[0]
         predicts = trained[:, 1:]
-        return FrozenHeadLoss.apply(hidden[:, :-1][predicts], input_ids[:, 1:][predicts], base.get_output_embeddings())
+        return hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
 
 
 def unwrapped(model: Any) -> Trainee:

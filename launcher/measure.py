@@ -1,15 +1,18 @@
 """Measuring on held-out examples: mean loss, greedy answers, the share that is exact."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from launcher import methods, models
 from launcher.batches import collate, each_alone
-from launcher.chat import TEXT, Message, prompt_ids
+from launcher.chat import TEXT, Message, prompt_ids, tokenize
 from launcher.encoding import Example, count_trained
+from launcher.loss import Trainee
 
 # Room beyond the longest right answer: an answer that needs more is wrong anyway.
 MARGIN = 16
@@ -29,6 +32,49 @@ def summed_loss(
     return trainee(**collate(each_alone(part), device)).item(), count_trained(part)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """An example as a model reads it: of each trained token the loss fp32 [N] in nats, and the likeliest in its place."""
+
+    losses: np.ndarray
+    likeliest: np.ndarray
+
+
+def read(trainee: Trainee, examples: Sequence[Example], micro: int, device: torch.device) -> list[Reading]:
+    """The readings of all examples, `micro` of similar length at a time."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    found: dict[int, Reading] = {}
+    for first in range(0, len(order), micro):
+        part = order[first : first + micro]
+        batch = collate(each_alone([examples[i] for i in part]), device)
+        counts = [count_trained([examples[i]]) for i in part]
+        losses, likeliest = (column.cpu().split(counts) for column in trainee.predictions(**batch))
+        found |= {i: Reading(x.numpy(), y.numpy()) for i, x, y in zip(part, losses, likeliest, strict=True)}
+    return [found[i] for i in range(len(examples))]
+
+
+@dataclass(frozen=True)
+class Said:
+    """A greedy answer: all of it, or where `is_whole` is false its beginning."""
+
+    text: str
+    is_whole: bool
+
+
+def foreseen(tokenizer: Any, example: Example, reading: Reading, stop_ids: Sequence[int]) -> Said:
+    """What a reading shows of the greedy answer in place of the example's last one.
+
+    As long as the likeliest tokens are the right ones, the model would have written them: an answer that is right needs no
+    writing. Of another one this is the beginning up to the first other token.
+    """
+    places = np.flatnonzero(example.trained[1:]) + 1
+    begin = np.flatnonzero(np.diff(places, prepend=-1) > 1)[-1]
+    right, likeliest = example.ids[places[begin:]], reading.likeliest[begin:]
+    others = np.flatnonzero(right != likeliest)
+    ids = likeliest[: others[0] + 1] if len(others) else likeliest
+    return Said(tokenizer.decode(ids, skip_special_tokens=True), bool(ids[-1] in stop_ids))
+
+
 def has_answer(messages: list[Message]) -> bool:
     """Whether a conversation asks for something; plain text does not."""
     return messages[-1]["role"] != TEXT
@@ -37,6 +83,11 @@ def has_answer(messages: list[Message]) -> bool:
 def fits(tokenizer: Any, messages: list[Message], longest: int) -> bool:
     """Whether the question leaves room for an answer within `longest` tokens."""
     return len(prompt_ids(tokenizer, messages[:-1])) < longest
+
+
+def most_tokens(tokenizer: Any, asked: Sequence[list[Message]]) -> int:
+    """The most tokens that an answer to one of these gets: a little more than the longest right one has."""
+    return MARGIN + max(len(tokenize(tokenizer, messages[-1]["content"])) for messages in asked)
 
 
 def answer(
@@ -51,10 +102,8 @@ def answer(
 
     `tick` is called after every token.
     """
-    right = [messages[-1]["content"] for messages in asked]
-    longest = max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in right)
     prompts = [prompt_ids(tokenizer, messages[:-1]) for messages in asked]
-    out = generate(model, prompts, longest + MARGIN, stop_ids, device, tick)
+    out = generate(model, prompts, most_tokens(tokenizer, asked), stop_ids, device, tick)
     return tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
