@@ -1,6 +1,7 @@
 """The evaluations during a run: held-out loss over all processes, and a few answers of the model as it is."""
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -8,7 +9,11 @@ from typing import Any
 import torch
 
 from launcher import measure
+from launcher.chat import Message, prompt_ids
+from launcher.config import Config
+from launcher.effort import Effort
 from launcher.job import Job, is_stop_agreed
+from launcher.material import Material
 from launcher.report import printable
 
 
@@ -17,7 +22,7 @@ class Evaluation:
     """Loss in nats a trained token, over `examples` held-out examples; greedy answers to the first few of them.
 
     `asked`, `wanted` and `answered` show one answer; `exact_match` is the share of `answers` that are right to the letter.
-    All of it is None for plain text.
+    All of it is None for plain text. It took `seconds`, and `read_s` of them to read the examples.
     """
 
     step: int
@@ -28,6 +33,8 @@ class Evaluation:
     asked: str | None = None
     wanted: str | None = None
     answered: str | None = None
+    seconds: float = 0.0
+    read_s: float = 0.0
 
     @property
     def perplexity(self) -> float:
@@ -35,8 +42,9 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def record(self) -> dict[str, Any]:
-        """As it is written to evaluations.jsonl and into the manifest."""
-        return {**asdict(self), "perplexity": self.perplexity}
+        """As it is written to evaluations.jsonl and into the manifest: without the times, which differ from run to run."""
+        measured = {name: value for name, value in asdict(self).items() if name not in ("seconds", "read_s")}
+        return {**measured, "perplexity": self.perplexity}
 
     def lines(self) -> list[str]:
         """As it is told to a person."""
@@ -52,23 +60,41 @@ def evaluate(job: Job, step: int) -> Evaluation | None:
 
     Every process must call this together.
     """
+    begun = time.monotonic()
     job.model.eval()
-    chosen = part(job)
+    chosen = part(job.config, job.material)
     loss = mean_loss(job, chosen)
     if loss is None:
         return None
+    read_s = time.monotonic() - begun
     found = answered(job, Evaluation(step, loss, len(chosen)), job.peft_model)
     job.accelerator.wait_for_everyone()
     job.model.train()
-    return found
+    return replace(found, seconds=round(time.monotonic() - begun, 3), read_s=round(read_s, 3))
 
 
-def part(job: Job) -> list[int]:
+def part(config: Config, material: Material) -> list[int]:
     """`eval.examples` of the held-out split: the longest, which shows what memory it takes, and the first ones."""
-    lengths = job.material.held_out.lengths
+    lengths = material.held_out.lengths
     longest = int(lengths.argmax())
     others = [i for i in range(len(lengths)) if i != longest]
-    return [longest, *others[: job.config.eval.examples - 1]]
+    return [longest, *others[: config.eval.examples - 1]]
+
+
+def questions(config: Config, material: Material) -> list[list[Message]]:
+    """The first `eval.answers` held-out conversations that can be asked; what was too long to train on is not."""
+    asked = [m for m in material.splits.held_out if measure.has_answer(m)][: config.eval.answers]
+    return [m for m in asked if measure.fits(material.tokenizer, m, material.longest)]
+
+
+def effort(config: Config, material: Material, num_steps: int) -> Effort:
+    """The work of a run of so many steps."""
+    asked, lengths = questions(config, material), material.held_out.lengths
+    prompts = sum(len(prompt_ids(material.tokenizer, m[:-1])) for m in asked)
+    answers = len(asked) * measure.most_tokens(material.tokenizer, asked) if asked else 0
+    learned = float(material.train.lengths.mean()) * config.batch.size
+    read = int(lengths[part(config, material)].sum())
+    return Effort(num_steps, learned, config.eval.every, read, prompts + answers, int(lengths.sum()))
 
 
 def mean_loss(job: Job, chosen: Sequence[int]) -> float | None:
@@ -100,9 +126,7 @@ def answered(job: Job, found: Evaluation, model: Any) -> Evaluation:
     """
     if not (job.accelerator.is_main_process or job.is_base_sharded):
         return found
-    asked = [m for m in job.material.splits.held_out if measure.has_answer(m)][: job.config.eval.answers]
-    # What was too long to train on is not asked either.
-    asked = [m for m in asked if measure.fits(job.tokenizer, m, job.material.longest)]
+    asked = questions(job.config, job.material)
     if not asked:
         return found
     with job.accelerator.autocast():

@@ -11,10 +11,11 @@ from launcher import checkpoint, outcome, rundir
 from launcher.arithmetic import smaller_micro
 from launcher.batches import collate, micro_batches
 from launcher.config import Config
+from launcher.effort import Pace
 from launcher.encoding import Example, count_trained
 from launcher.errors import EXIT_STOPPED, UserError
 from launcher.failures import is_out_of_memory
-from launcher.held_out import evaluate
+from launcher.held_out import effort, evaluate
 from launcher.job import Job, check_strategy, global_batch, is_stop_agreed, load_model, save_checkpoint
 from launcher.report import Report
 
@@ -24,12 +25,14 @@ def train(job: Job, command: str) -> int:
     started = time.monotonic()
     config, accelerator = job.config, job.accelerator
     load_model(job)
+    load_s = time.monotonic() - started
     check_strategy(job)
     step = resume(job)
     manifest = outcome.describe(job, command)
     if accelerator.is_main_process:
         rundir.write_manifest(config.run_dir, manifest)
-    with Report(config.run_dir, job.steps, step, is_main=accelerator.is_main_process) as report:
+    pace = Pace(effort(config, job.material, job.steps), load_s)
+    with Report(config.run_dir, pace, step, is_main=accelerator.is_main_process) as report:
         outcome.announce(job, report, step)
         found = evaluate(job, step)
         report.evaluation(found)

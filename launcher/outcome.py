@@ -62,7 +62,7 @@ def conclude(job: Job, report: Report, step: int) -> dict[str, Any] | None:
     None if the processes agreed to stop while they measured.
     """
     job.model.eval()
-    chosen, everything = part(job), range(len(job.material.held_out))
+    chosen, everything = part(job.config, job.material), range(len(job.material.held_out))
     part_loss, whole_loss = mean_loss(job, chosen), mean_loss(job, everything)
     if part_loss is None or whole_loss is None:
         return None
@@ -173,6 +173,10 @@ def announce(job: Job, report: Report, step: int) -> None:
         f"{config.model.name} + {config.adapter.method}: {job.num_trained:,} trained parameters -> {config.run_dir}"
     )
     report.say(f"{job.steps} steps of {config.batch.size} examples ({batch}), strategy {job.strategy}, {packing(job)}")
+    work = report.pace.effort
+    report.say(
+        f"{work.learning + work.measuring:,} tokens in all: {work.learning:,} to learn from, {work.measuring:,} to measure with"
+    )
     for note in notes(config, on_gpu=job.accelerator.device.type == "cuda"):
         report.say(f"note: {note}")
     preview.show(report.console, job.material, config.data)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from launcher.effort import duration
 from launcher.errors import EXIT_STOPPED, UserError
 from launcher.hardware import GIB
 from launcher.plan import Plan
@@ -39,7 +40,7 @@ def run(args: list[str], decided: Plan, steps: int) -> str:
     if decided.memory:
         planned = f" ({decided.memory.total / GIB:.2f} GiB planned for examples of up to {decided.longest} tokens)"
     return (
-        f"time       about {_duration(seconds * steps)}: {steps} steps of {seconds:.2f} s, {tokens:.0f} tokens each, "
+        f"time       about {duration(seconds * steps)}: {steps} steps of {seconds:.2f} s, {tokens:.0f} tokens each, "
         f"evaluations not counted; peak {peak:.2f} GiB{planned}"
     )
 
@@ -47,10 +48,3 @@ def run(args: list[str], decided: Plan, steps: int) -> str:
 def _wait_for_steps(process: subprocess.Popen[bytes], metrics: Path, count: int) -> None:
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
         time.sleep(0.1)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

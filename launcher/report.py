@@ -3,14 +3,14 @@
 import contextlib
 import json
 import time
-from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from launcher.effort import Pace, duration
 from launcher.failures import is_disk_full
 
 if TYPE_CHECKING:
@@ -53,22 +53,15 @@ class JsonLines:
 class Report:
     """A progress bar on a terminal, a plain line now and then elsewhere; silent on every rank but the first."""
 
-    def __init__(self, run_dir: Path, num_steps: int, start: int, *, is_main: bool) -> None:
+    def __init__(self, run_dir: Path, pace: Pace, start: int, *, is_main: bool) -> None:
         self.console = Console(quiet=not is_main, highlight=False)
-        self.num_steps = num_steps
+        self.pace = pace
         names = (METRICS, EVALUATIONS) if is_main else ()
         self._files = {name: JsonLines(run_dir / name, is_continued=start > 0) for name in names}
         self._last_line = time.monotonic()
-        self._step_s: deque[float] = deque(maxlen=20)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self._bar = Progress(
-            *columns,
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=num_steps, completed=start)
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("", total=pace.effort.num_steps, completed=start)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -91,21 +84,23 @@ class Report:
             return
         if self._files:
             self._files[EVALUATIONS].add(found.record())
+        self.pace.add_evaluation(found.seconds, found.read_s)
         for line in found.lines():
             self.say(line)
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
-        """Record one step: `loss` in nats a token, `tokens_per_s` over all processes, and whatever else was measured."""
+        """Record one step: `loss` in nats a token, `tokens`, `step_s`, `tokens_per_s` over all processes, and what else was measured."""
         if self._files:
             self._files[METRICS].add({"step": step, **metrics})
-        self._step_s.append(metrics["step_s"])
+        self.pace.add_step(metrics["step_s"], metrics["tokens"])
         words = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:.0f} tokens/s"
-        self._bar.update(self._task, completed=step, description=words)
-        now = time.monotonic()
-        if not self.console.is_terminal and (now - self._last_line > LINE_EVERY_S or step == self.num_steps):
+        left = f"about {duration(self.pace.left(step))} left"
+        self._bar.update(self._task, completed=step, description=f"{words}  {left}")
+        now, num_steps = time.monotonic(), self.pace.effort.num_steps
+        is_due = now - self._last_line > LINE_EVERY_S or self.pace.is_first_known or step == num_steps
+        if not self.console.is_terminal and is_due:
             self._last_line = now
-            left = (self.num_steps - step) * sum(self._step_s) / len(self._step_s)
-            self.say(f"step {step}/{self.num_steps}  {words}  about {left:.0f} s left")
+            self.say(f"step {step}/{num_steps}  {words}  {left}")
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from launcher import checkpoint, failures
 from launcher.beat import Watchdog
+from launcher.effort import Effort, Pace
 from launcher.held_out import Evaluation
 from launcher.report import METRICS, Report, read_evaluations, read_metrics
 from tests.running import SMALL, run_python, train
@@ -76,18 +77,19 @@ def test_a_disk_that_stays_full_ends_in_one_line_and_keeps_the_last_checkpoint(t
 
 
 def test_a_full_disk_tears_and_loses_no_line(tmp_path):
-    with small_disk(tmp_path / "disk", 32_768) as disk:
-        (disk / "ballast").write_bytes(b"x" * 16_384)
-        with Report(disk, num_steps=400, start=0, is_main=True) as report:
+    work = Effort(num_steps=400, learned=9.0, every=50, read=1, answered=0, end=1)
+    with small_disk(tmp_path / "disk", 49_152) as disk:
+        (disk / "ballast").write_bytes(b"x" * 32_768)
+        with Report(disk, Pace(work, 0.0), start=0, is_main=True) as report:
             for step in range(1, 400):
-                report.step(step, {"loss": 1.0, "step_s": 0.1, "tokens_per_s": 1.0})
+                report.step(step, {"loss": 1.0, "tokens": 9, "step_s": 0.1, "tokens_per_s": 1.0})
             report.evaluation(Evaluation(399, 1.0, 1))
             with pytest.raises(OSError, match="No space left"):
                 (disk / "more").write_bytes(b"x" * 4096)
             assert len(read_metrics(disk)) < 399
             assert read_evaluations(disk) == []
             (disk / "ballast").unlink()
-            report.step(400, {"loss": 1.0, "step_s": 0.1, "tokens_per_s": 1.0})
+            report.step(400, {"loss": 1.0, "tokens": 9, "step_s": 0.1, "tokens_per_s": 1.0})
         lines = (disk / METRICS).read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, 401))
         assert [record["step"] for record in read_evaluations(disk)] == [399]
