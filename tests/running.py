@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launcher.variables import ROOT
-from tests.support.zygote import HeavyPopen
+from tests.support.zygote import HeavyPopen, WarmPopen
 
 # A training of a tiny model in two steps. A test names what else it needs; of two values the later one counts.
 SMALL = ("data.limit=16", "batch.size=8", "optim.lr=1e-2", "model.dtype=fp32", "eval.examples=1", "eval.answers=0")
 
 
 def start_python(
-    *args: str, cwd: Path = ROOT, env: dict[str, str] | None = None, cold: bool | None = None, **streams: Any
-) -> subprocess.Popen[str]:
+    *args: str, cwd: Path = ROOT, env: dict[str, str] | None = None, cold: bool | None = None, light: bool = False,
+    **streams: Any,
+) -> subprocess.Popen[str]:  # fmt: skip
     """`python ARGS` in the background, from the repository unless told otherwise, with nothing to read on stdin.
 
-    A zygote forks it. `cold`: it is started by its command, as a user starts it; so is `python -c`, which asks what an import brings.
+    A zygote forks it, the one without torch if it is `light`. `cold`: it is started by its command, as a user starts it; so is
+    `python -c`, which asks what an import brings.
     """
     is_cold = args[0] == "-c" if cold is None else cold
-    start = subprocess.Popen if is_cold else HeavyPopen
+    start = subprocess.Popen if is_cold else WarmPopen if light else HeavyPopen
     return start(
         [sys.executable, *args], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
         text=True, stdin=subprocess.DEVNULL, **streams,
@@ -30,14 +32,14 @@ def start_python(
 
 
 def run_python(
-    *args: str, cwd: Path = ROOT, env: dict[str, str] | None = None, cold: bool | None = None
+    *args: str, cwd: Path = ROOT, env: dict[str, str] | None = None, cold: bool | None = None, light: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """`python ARGS` to its end.
 
     How long it may take is for the test to say that runs it: a busy machine takes its time.
     """
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start_python(*args, cwd=cwd, env=env, cold=cold, **streams) as process:
+    with start_python(*args, cwd=cwd, env=env, cold=cold, light=light, **streams) as process:
         out, err = process.communicate()
     return subprocess.CompletedProcess(list(args), process.returncode, out, err)
 

@@ -267,7 +267,7 @@ def test_a_json_file_that_is_too_large_is_not_read(tmp_path):
 )
 def test_the_command_ends_with_2_and_tells_each_fault(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    done = run_python("-m", "launcher", "plan", f"DATA={tmp_path / name}")
+    done = run_python("-m", "launcher", "plan", f"DATA={tmp_path / name}", light=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr

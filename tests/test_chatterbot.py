@@ -74,7 +74,7 @@ def test_a_bad_file_is_refused_before_anything_is_downloaded(tmp_path, args, tol
     (tmp_path / "there.jsonl").touch()
     words = [arg.format(folder=tmp_path) for arg in args]
     # Without a package index nothing but the check can answer.
-    done = run_python("-m", "bench.chatterbot", *words, env={"PIP_INDEX_URL": "http://127.0.0.1:9"})
+    done = run_python("-m", "bench.chatterbot", *words, env={"PIP_INDEX_URL": "http://127.0.0.1:9"}, light=True)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

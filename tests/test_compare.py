@@ -81,7 +81,7 @@ def row(out, name):
 def test_each_run_is_a_row_and_the_picture_lies_beside_them(tmp_path, compared):
     one, other = a_run(tmp_path / "one"), a_run(tmp_path / "other", "PEFT=qlora", rate=0.05)
     a_measurement(one, 0.965)
-    done = run_python("-m", "launcher", "compare", f"RUNS={one} {other}")
+    done = run_python("-m", "launcher", "compare", f"RUNS={one} {other}", light=True)
     assert (done.returncode, done.stderr) == (0, "")
     out = done.stdout
     told = " ".join(row(out, "one").split())

@@ -2,15 +2,17 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
 from launcher import preview
+from launcher.__main__ import main
 from launcher.config import Config, Data
 from launcher.data import Splits
 from launcher.encoding import encode
+from launcher.errors import UserError
 from launcher.material import Material, load_material
 from launcher.report import printable
-from tests.running import run_python
 
 
 def talk(asked, answer):
@@ -45,25 +47,22 @@ def test_the_counts_are_those_of_the_examples(tokenizer):
     assert "⟦Yes.<|im_end|>⟧" in screen.getvalue()
 
 
-def test_an_answer_that_never_stops_is_refused(tokenizer, tiny_llama, tmp_path):
+def test_an_answer_that_never_stops_is_refused(tiny_llama, tmp_path):
     file = tmp_path / "long.jsonl"
     line = '{"prompt": "Hi", "completion": "%s"}\n' % ("latte " * 200)
     file.write_text(line * 20)
-    done = run_python(
-        "-m", "launcher", "data", f"MODEL={tiny_llama}", f"DATA={file}", "data.max_length=50", "data.overflow=truncate"
-    )
-    assert done.returncode == 2
-    assert "the stop token <|im_end|> is never learned" in done.stderr
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=r"the stop token <\|im_end\|> is never learned") as error:
+        main(["data", f"MODEL={tiny_llama}", f"DATA={file}", "data.max_length=50", "data.overflow=truncate"])
+    assert len(error.value.faults) == 1
 
 
-def test_make_data_shows_it_without_training(tiny_llama):
-    done = run_python("-m", "launcher", "data", f"MODEL={tiny_llama}", "data.limit=50")
-    assert done.returncode == 0, done.stderr
-    assert "cafe (2200 messages): 50 examples to learn from, 200 held out" in done.stdout
-    assert "is learned in 50 of 50" in done.stdout
-    assert "<|im_end|>⟧" in done.stdout
-    assert "Next: " in done.stdout
+def test_make_data_shows_it_without_training(tiny_llama, capsys):
+    assert main(["data", f"MODEL={tiny_llama}", "data.limit=50"]) == 0
+    out = capsys.readouterr().out
+    assert "cafe (2200 messages): 50 examples to learn from, 200 held out" in out
+    assert "is learned in 50 of 50" in out
+    assert "<|im_end|>⟧" in out
+    assert "Next: " in out
 
 
 def test_a_prefix_leaves_less_room_for_examples(tiny_llama):

@@ -90,13 +90,13 @@ def test_make_refuses_before_it_sets_anything_up(tmp_path, words, jobs):
 
 def test_a_gated_model_is_planned_without_a_token(tmp_path):
     nobody = {"HUGGINGFACE_TOKEN": "", "HF_TOKEN": "", "HF_HOME": str(tmp_path)}
-    done = run_python("-m", "launcher", "plan", "MODEL=llama-7b", "HARDWARE=2x80GB", env=nobody)
-    assert done.returncode == 0, done.stderr
-    assert "Next: " in done.stdout
-    for command in ("train", "data"):
-        refused = run_python("-m", "launcher", command, "MODEL=llama-7b", env=nobody)
-        assert (refused.returncode, refused.stdout) == (2, "")
-        assert "export HUGGINGFACE_TOKEN" in refused.stderr
+    lines = [["plan", "MODEL=llama-7b", "HARDWARE=2x80GB"], ["train", "MODEL=llama-7b"], ["data", "MODEL=llama-7b"]]
+    planned, *others = launch_in_turn(lines, nobody)
+    assert planned.code == 0, planned.err
+    assert "Next: " in planned.out
+    for refused in others:
+        assert (refused.code, refused.out) == (2, "")
+        assert "export HUGGINGFACE_TOKEN" in refused.err
 
 
 def test_the_token_is_never_shown():
