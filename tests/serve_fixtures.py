@@ -49,6 +49,13 @@ def children(pid: int) -> list[int]:
     return [int(pid) for pid in pids if Path(f"/proc/{pid}/comm").read_text() != "zygote\n"]
 
 
+def _is_at_work(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return any(stat.rpartition(") ")[2][0] in "RD" for stat in stats)
+    return False
+
+
 def _popen(words: tuple[str, ...], work: Path) -> type[WarmPopen]:
     """Who starts `python -m serve WORDS`: a zygote with torch where a real run is named."""
     values = " ".join(word.partition("=")[2] for word in words if word.startswith(("RUN=", "RUNS=")))
@@ -112,6 +119,14 @@ class Box:
     def events(self, name: str = "echo") -> list[dict[str, Any]]:
         lines = (self.runtime / f"{name}.events.log").read_text().splitlines()
         return [json.loads(line) for line in lines]
+
+    def pids(self) -> list[int]:
+        """The processes that were started here and what they have started themselves, those that are still there."""
+        found = []
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                found += [process.pid, *children(process.pid)]
+        return found
 
     def left(self) -> set[str]:
         """What lies in the runtime directory, locks and logs aside."""
@@ -219,6 +234,7 @@ class Screen:
         self, box: Box, *words: str, through: tuple[str, ...] = (), size: tuple[int, int] = (100, 30), **extra: str
     ) -> None:
         master, slave = pty.openpty()
+        self._box = box
         self.master = master
         self.raw = b""
         self.emulator = pyte.HistoryScreen(*size, history=10_000, ratio=1e-9)
@@ -300,8 +316,8 @@ class Screen:
             assert self.read(0.1), self.text
         return self.said[before:]
 
-    def settle(self, quiet: float = 0.3, seconds: float = PATIENCE) -> None:
-        """Read on until nothing more comes, and the program waits for something to do."""
+    def settle(self, quiet: float = 0.1, seconds: float = PATIENCE) -> None:
+        """Read on until nothing more comes, and the program and its daemons wait for something to do."""
         end = time.monotonic() + seconds
         while select.select([self.master], [], [], quiet)[0] or self.is_at_work:
             assert time.monotonic() < end, f"still drawing:\n{self.text}"
@@ -310,11 +326,8 @@ class Screen:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether the program computes, would if it had a processor, or waits for the disk."""
-        with contextlib.suppress(OSError):
-            stats = [path.read_text() for path in Path(f"/proc/{self.process.pid}/task").glob("*/stat")]
-            return any(stat.rpartition(") ")[2][0] in "RD" for stat in stats)
-        return False
+        """Whether the program or a daemon computes, would if it had a processor, or waits for the disk."""
+        return any(map(_is_at_work, [self.process.pid, *self._box.pids()]))
 
     def wait(self, seconds: float = PATIENCE) -> int:
         """Read on until the program has ended; its exit code."""
