@@ -18,7 +18,7 @@ from launcher.errors import UserError, run_main
 from launcher.variables import ROOT
 from tests.stress.faults import FAULTS, Fault
 
-SECONDS = 600
+SECONDS = 1800
 
 
 def copied(root: Path, to: Path) -> Path:
