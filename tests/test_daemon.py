@@ -289,7 +289,7 @@ def test_a_run_that_cannot_be_loaded_ends_the_daemon(box: Box) -> None:
     (box.folder / "torch").mkdir()
     # A torch that cannot be imported: loading fails at once, without the seconds that the real one takes.
     (box.folder / "torch" / "__init__.py").write_text("raise ImportError('no torch here')")
-    done = box.run("daemon", "RUN=broken", PYTHONPATH=f"{box.folder}:{ROOT}")
+    done = box.run("daemon", "RUN=broken", cold=True, PYTHONPATH=f"{box.folder}:{ROOT}")
     assert done.returncode == 6
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: no torch here")
