@@ -63,6 +63,20 @@ def _popen(words: tuple[str, ...], work: Path) -> type[WarmPopen]:
     return HeavyPopen if any((folder / "run.json").is_file() for folder in folders) else WarmPopen
 
 
+# A step of the echo engine lasts for as long as there is a file `hold`; that there is such a step tells the file `held`.
+HELD_STEPS = """
+import sys, time
+from pathlib import Path
+if "serve.engine_process" in sys.orig_argv:
+    sleep, folder = time.sleep, Path({folder!r})
+    def held(_):
+        while sys._getframe(1).f_code.co_name == "step" and (folder / "hold").exists():
+            (folder / "held").touch()
+            sleep(0.01)
+    time.sleep = held
+"""
+
+
 class Box:
     """A home and a runtime directory of its own (short: a socket's path is), and the daemons started in it."""
 
@@ -106,11 +120,26 @@ class Box:
         out, err = process.communicate(stdin, timeout=2 * PATIENCE)
         return subprocess.CompletedProcess(list(words), process.returncode, out, err)
 
-    def daemon(self, delay: float = 0.0, *words: str) -> subprocess.Popen[str]:
-        process = self.start("daemon", "HOLD=echo", *words, AFINAR_ECHO_DELAY=str(delay))
+    def daemon(self, delay: float = 0.0, *words: str, **extra: str) -> subprocess.Popen[str]:
+        process = self.start("daemon", "HOLD=echo", *words, AFINAR_ECHO_DELAY=str(delay), **extra)
         assert process.stdout is not None
         assert process.stdout.readline().startswith("ready: ")
         return process
+
+    def daemon_to_hold(self, *words: str) -> subprocess.Popen[str]:
+        """A daemon whose engine is as quick as can be, but for the steps that are `held`."""
+        (self.folder / "sitecustomize.py").write_text(HELD_STEPS.format(folder=str(self.folder)))
+        return self.daemon(0.0, *words, PYTHONPATH=f"{self.folder}:{ROOT}")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Callable[[], bool]]:
+        """In here no step of the engine ends; whether it is in one."""
+        hold, held = self.folder / "hold", self.folder / "held"
+        hold.touch()
+        try:
+            yield held.exists
+        finally:
+            hold.unlink()
 
     def record(self, name: str = "echo") -> Record:
         fields = json.loads((self.runtime / f"{name}.json").read_text())

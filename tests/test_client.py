@@ -116,21 +116,25 @@ def test_a_reader_that_is_slow_is_not_sent_the_answer_again(
                 heard += piece.text if isinstance(piece, Delta) else ""
                 # Over for the daemon at once, and not for us; and so once more when all of it was read.
                 if isinstance(piece, Done) or heard == "a":
-                    await asyncio.sleep(2)
+                    await asyncio.sleep(1.2 * connection.SILENCE_SECONDS)
             return heard, kinds.count(Kind.SUBMIT)
 
     assert asyncio.run(talk()) == (TEXT, 1)
 
 
 def test_an_engine_that_is_busy_is_no_daemon_that_is_silent(box: Box, quick: None) -> None:
-    box.daemon(2.0)
+    box.daemon_to_hold()
 
     async def talk() -> int:
         with await connect(box.record()) as busy, await connect(box.record()) as client:
-            answer = busy.ask(turn("x"))
-            await anext(answer)
-            # The engine is asked, and is in the middle of a step for longer than a daemon may be silent.
-            return int((await client.tokenize(turn("abc")))["tokens"])
+            with box.held():
+                answer = busy.ask(turn("x"))
+                await anext(answer)
+                # The engine is asked, and is in the middle of a step for longer than a daemon may be silent.
+                asking = asyncio.create_task(client.tokenize(turn("abc")))
+                await asyncio.sleep(1.5 * connection.SILENCE_SECONDS)
+                assert not asking.done()
+            return int((await asking)["tokens"])
 
     assert asyncio.run(talk()) == 4
 

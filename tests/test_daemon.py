@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from serve import runtime
+from serve import broker, runtime
 from serve.client import connect
 from serve.errors import NoDaemonError, RequestError, UserError
 from serve.pieces import Delta, Done
 from serve.protocol import CREDIT_WINDOW, MAGIC, Kind, Message, decode
 from tests.serve_fixtures import PATIENCE, ROOT, Box, RawClient, box, children, text_of, wait_until
+from tests.test_hostile import beside_a_daemon
 
 __all__ = ["box"]
 LONG = "uno dos tres cuatro cinco seis siete ocho nueve diez " * 4
@@ -74,12 +75,16 @@ def test_a_killed_client_disturbs_nobody_and_leaves_no_slot(box: Box) -> None:
         wait_until(lambda: is_idle(other))
 
 
-def test_a_silent_client_loses_its_slot(box: Box) -> None:
-    box.daemon(0.02, ROOMY)
-    with RawClient(box.record()) as silent, RawClient(box.record()) as watcher:
-        silent.submit(ENDLESS)
-        wait_until(lambda: watcher.status()["busy_slots"] == 1)
-        wait_until(lambda: is_idle(watcher))
+def test_a_silent_client_loses_its_slot(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broker, "SILENCE_SECONDS", 1.0)
+
+    def talk() -> None:
+        with RawClient(box.record()) as silent, RawClient(box.record()) as watcher:
+            silent.submit(ENDLESS)
+            wait_until(lambda: watcher.status()["busy_slots"] == 1)
+            wait_until(lambda: is_idle(watcher))
+
+    beside_a_daemon(box, monkeypatch, talk, ROOMY, delay=0.02)
 
 
 def test_cancel_ends_with_one_error_and_frees_the_slot(box: Box) -> None:

@@ -34,7 +34,9 @@ def run(smollm2, tmp_path_factory):
 
 
 def questions():
-    return [e["messages"][:1] for e in list(cafe.examples("held_out"))[:NUM_PROMPTS]]
+    """The shortest orders."""
+    asked = [example["messages"][:1] for example in cafe.examples("held_out")]
+    return sorted(asked, key=lambda messages: len(messages[0]["content"]))[:NUM_PROMPTS]
 
 
 @pytest.fixture(scope="module")

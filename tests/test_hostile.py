@@ -108,12 +108,15 @@ def test_few_bytes_that_are_many_values_cost_little(box: Box) -> None:
             assert client.receive(lane).body["code"] == "E_BAD_REQUEST"
 
 
-def beside_a_daemon(box: Box, monkeypatch: pytest.MonkeyPatch, talk: Callable[[], None]) -> None:
+def beside_a_daemon(
+    box: Box, monkeypatch: pytest.MonkeyPatch, talk: Callable[[], None], *words: str, delay: float = 0.0
+) -> None:
     """Run a daemon in this process, and `talk` in another thread."""
     monkeypatch.setenv("AFINAR_RUNTIME_DIR", str(box.runtime))
+    monkeypatch.setenv("AFINAR_ECHO_DELAY", str(delay))
 
     async def serve(folder: Path) -> None:
-        daemon = Daemon(parse("daemon", ["HOLD=echo"]), folder)
+        daemon = Daemon(parse("daemon", ["HOLD=echo", *words]), folder)
         running = asyncio.create_task(daemon.run())
         while daemon._broker.state != "ready":
             await asyncio.sleep(0.02)
@@ -183,19 +186,20 @@ def test_who_reads_no_endings_costs_no_memory_and_has_a_share(box: Box) -> None:
 
 
 def test_what_ended_before_the_engine_read_it_has_a_share(box: Box) -> None:
-    # The engine reads nothing while a step lasts, and it lasts longer than a busy machine takes for all this.
-    box.daemon(6.0, f"serve.share={SHARE}", f"serve.queue={SHARE + 2}")
+    box.daemon_to_hold(f"serve.share={SHARE}", f"serve.queue={SHARE + 2}")
     with RawClient(box.record()) as client, RawClient(box.record()) as other:
-        running = other.submit("x")
-        wait_until(lambda: other.status()["busy_slots"] == 1)
 
         def give_up(by: RawClient) -> str:
             return str(by.collect(by.submit("y" * 2**20, deadline_ms=1))[1].body["code"])
 
-        assert [give_up(client) for _ in range(SHARE + 2)] == ["E_DEADLINE"] * SHARE + ["E_QUEUE_FULL"] * 2
-        # All clients together have the queue.
-        assert [give_up(other) for _ in range(3)] == ["E_DEADLINE", "E_DEADLINE", "E_QUEUE_FULL"]
-        assert other.status()["waiting"] == 0
+        # The engine reads nothing while a step lasts.
+        with box.held() as is_held:
+            running = other.submit("x")
+            wait_until(is_held)
+            assert [give_up(client) for _ in range(SHARE + 2)] == ["E_DEADLINE"] * SHARE + ["E_QUEUE_FULL"] * 2
+            # All clients together have the queue.
+            assert [give_up(other) for _ in range(3)] == ["E_DEADLINE", "E_DEADLINE", "E_QUEUE_FULL"]
+            assert other.status()["waiting"] == 0
         assert other.collect(running)[1].kind is Kind.DONE
         # The engine has read, and forgotten, them all.
         wait_until(lambda: give_up(client) != "E_QUEUE_FULL")

@@ -11,17 +11,17 @@ import msgpack
 import pytest
 import zmq
 
-from serve import runtime
+from serve import clients, runtime
 from serve.administration import LEAST_QUESTION_BYTES, MAX_QUESTION_BYTES, MAX_QUESTIONS, RETRY_MS
 from serve.arguments import parse
 from serve.client import connect
-from serve.clients import MAX_SESSIONS
 from serve.daemon import UNREAD, Daemon
 from serve.engines import rss_bytes
 from serve.errors import UserError
 from serve.open_requests import Lane
 from serve.protocol import MAX_CONTROL_BYTES, Kind, Message, encode
 from tests.serve_fixtures import PATIENCE, Box, RawClient, box, wait_until
+from tests.test_hostile import beside_a_daemon
 
 __all__ = ["box"]
 TURN = {"role": "user", "content": "x"}
@@ -74,27 +74,28 @@ def test_a_submission_may_have_what_welcome_tells_and_no_more(box: Box) -> None:
 
 @pytest.mark.parametrize("size", [2**20, 10])
 def test_questions_that_wait_are_bounded_in_bytes(box: Box, size: int) -> None:
-    # No question is answered while a step lasts, and it lasts longer than a busy machine takes to ask them all.
-    box.daemon(4.0)
+    box.daemon_to_hold()
     question = filled({}, size + 100)
     each = max(size + 100, LEAST_QUESTION_BYTES)
     number = MAX_QUESTION_BYTES // each
     with contextlib.ExitStack() as stack:
         askers = [stack.enter_context(RawClient(box.record())) for _ in range(-(-number // MAX_QUESTIONS))]
         late = stack.enter_context(RawClient(box.record()))
-        late.submit("x")
-        wait_until(lambda: late.status()["busy_slots"] == 1)
-        for asked in range(number):
-            askers[asked // MAX_QUESTIONS].send("control", Message(Kind.TOKENIZE, os.urandom(16), question))
-        for asker in askers:
-            # The daemon has heard what was asked before.
-            asker.status()
-        refused = late.ask(Kind.TOKENIZE, **question)
-        assert (refused.body["code"], refused.body["retryable"]) == ("E_QUEUE_FULL", True)
-        counts = {"waiting": number * each, "max": MAX_QUESTION_BYTES, "retry_after_ms": RETRY_MS}
-        assert refused.body["detail"] == counts
-        # At once: the turn of the others comes when the step is over.
-        assert not any(asker.sockets["control"].poll(0) for asker in askers)
+        # No question is answered while a step lasts.
+        with box.held() as is_held:
+            late.submit("x")
+            wait_until(is_held)
+            for asked in range(number):
+                askers[asked // MAX_QUESTIONS].send("control", Message(Kind.TOKENIZE, os.urandom(16), question))
+            for asker in askers:
+                # The daemon has heard what was asked before.
+                asker.status()
+            refused = late.ask(Kind.TOKENIZE, **question)
+            assert (refused.body["code"], refused.body["retryable"]) == ("E_QUEUE_FULL", True)
+            counts = {"waiting": number * each, "max": MAX_QUESTION_BYTES, "retry_after_ms": RETRY_MS}
+            assert refused.body["detail"] == counts
+            # At once: the turn of the others comes when the step is over.
+            assert not any(asker.sockets["control"].poll(0) for asker in askers)
         answers = [askers[asked // MAX_QUESTIONS].receive("control") for asked in range(number)]
         assert all(answer.body.get("code") != "E_QUEUE_FULL" for answer in answers)
         # All of them were answered: there is room again.
@@ -102,18 +103,23 @@ def test_questions_that_wait_are_bounded_in_bytes(box: Box, size: int) -> None:
 
 
 def test_questions_of_one_client_are_bounded_in_number(box: Box) -> None:
-    box.daemon(4.0)
+    box.daemon_to_hold()
     with RawClient(box.record()) as client, RawClient(box.record()) as other:
         most = int(client.limits["questions"])
         assert most == MAX_QUESTIONS
-        client.submit("x")
-        wait_until(lambda: client.status()["busy_slots"] == 1)
-        for _ in range(most):
-            client.send("control", Message(Kind.TOKENIZE, os.urandom(16), {"messages": [TURN]}))
-        refused = client.ask(Kind.TOKENIZE, messages=[TURN])
-        assert refused.body["code"] == "E_QUEUE_FULL"
-        assert refused.body["detail"] == {"waiting": most, "max": most, "retry_after_ms": RETRY_MS}
-        assert other.ask(Kind.TOKENIZE, messages=[TURN]).body["tokens"] == 2
+        with box.held() as is_held:
+            client.submit("x")
+            wait_until(is_held)
+            for _ in range(most):
+                client.send("control", Message(Kind.TOKENIZE, os.urandom(16), {"messages": [TURN]}))
+            refused = client.ask(Kind.TOKENIZE, messages=[TURN])
+            assert refused.body["code"] == "E_QUEUE_FULL"
+            assert refused.body["detail"] == {"waiting": most, "max": most, "retry_after_ms": RETRY_MS}
+            other.send("control", Message(Kind.TOKENIZE, os.urandom(16), {"messages": [TURN]}))
+            other.send("control", Message(Kind.STATUS))
+            # That of another client waits, and is not refused.
+            assert other.receive("control").kind is Kind.STATUS
+        assert other.receive("control").body["tokens"] == 2
         assert [client.receive("control").body["tokens"] for _ in range(most)] == [2] * most
         assert client.ask(Kind.TOKENIZE, messages=[TURN]).body["tokens"] == 2
 
@@ -155,25 +161,31 @@ def test_what_a_connection_sends_is_taken_only_as_it_is_read(box: Box, lane: Lan
 
 
 @pytest.mark.slow
-def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(box: Box) -> None:
-    box.daemon()
-    record = box.record()
-    with RawClient(record) as quiet, zmq.Context() as context:
-        assert quiet.status()["state"] == "ready"
-        for _ in range(MAX_SESSIONS + 10):
-            with context.socket(zmq.DEALER) as dealer:
-                dealer.connect(record.control)
-                dealer.send_multipart(encode(Message(Kind.HELLO, body={"proto": [1]})))
-                assert dealer.poll(PATIENCE * 1e3)
-        assert quiet.status()["state"] == "ready"
-        assert quiet.collect(quiet.submit("x"))[1].kind is Kind.DONE
+def test_a_flood_of_greetings_does_not_cost_a_quiet_client_its_session(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "MAX_SESSIONS", 64)
+
+    def flood() -> None:
+        record = box.record()
+        with RawClient(record) as quiet, zmq.Context() as context:
+            assert quiet.status()["state"] == "ready"
+            for _ in range(clients.MAX_SESSIONS + 10):
+                with context.socket(zmq.DEALER) as dealer:
+                    dealer.connect(record.control)
+                    dealer.send_multipart(encode(Message(Kind.HELLO, body={"proto": [1]})))
+                    assert dealer.poll(PATIENCE * 1e3)
+            assert quiet.status()["state"] == "ready"
+            assert quiet.collect(quiet.submit("x"))[1].kind is Kind.DONE
+
+    beside_a_daemon(box, monkeypatch, flood)
 
 
 def test_conversations_of_thousands_of_turns_wait_in_little_memory(box: Box) -> None:
-    daemon = box.daemon(4.0, "serve.slots=1")
-    with RawClient(box.record()) as client:
+    daemon = box.daemon_to_hold("serve.slots=1")
+    with box.held() as is_held, RawClient(box.record()) as client:
         client.submit("x" * 9)
-        wait_until(lambda: client.status()["busy_slots"] == 1)
+        wait_until(is_held)
         before = rss_bytes(daemon.pid)
         for _ in range(20):
             client.submit("", messages=[TURN] * 9_999)

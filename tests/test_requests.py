@@ -7,10 +7,10 @@ import signal
 from serve.client import connect
 from serve.pieces import Answer, Delta
 from serve.protocol import Kind, Message
-from tests.client_fixtures import break_connections
+from tests.client_fixtures import break_connections, quick
 from tests.serve_fixtures import Box, RawClient, box, text_of, wait_until
 
-__all__ = ["box"]
+__all__ = ["box", "quick"]
 
 
 def take(client: RawClient, answer: Answer, count: int | None = None) -> Message:
@@ -61,9 +61,9 @@ def test_an_answer_is_taken_up_again_where_it_was(box: Box) -> None:
         assert again.status()["requests"] == {"stop": 1}
 
 
-def test_a_client_whose_connections_broke_goes_on(box: Box) -> None:
-    box.daemon(0.02)
-    text = "".join(chr(97 + i % 26) for i in range(300))
+def test_a_client_whose_connections_broke_goes_on(box: Box, quick: None) -> None:
+    box.daemon(0.01)
+    text = "".join(chr(97 + i % 26) for i in range(200))
 
     async def talk() -> tuple[str, int]:
         heard = ""
