@@ -2,8 +2,13 @@
 
 import random
 
+import pytest
+
+from serve.echo import EchoEngine
 from serve.rows import Rows, common_length
+from serve.slots import Request
 from serve.stops import StopStrings
+from serve.submission import Submission
 
 HEADS = {"plain": 0, "prefixed": 3}
 
@@ -120,3 +125,13 @@ def test_what_may_become_a_stop_string_is_held_back_and_given_at_the_end() -> No
     assert finder.flush() == "<e" and finder.flush() == ""
     assert finder.push("x###<end>") == ("x", "###")
     assert StopStrings(()).push("any") == ("any", None)
+
+
+@pytest.mark.parametrize(("most", "reason"), [(None, "stop"), (3, "length")])
+def test_what_was_held_back_belongs_to_an_answer_that_ends_without_a_stop_string(most: int | None, reason: str) -> None:
+    engine = EchoEngine()
+    asked = Submission([], max_tokens=most, stop=("###",))
+    request = Request(b"", 0, [engine.TURN], asked, engine.info.adapters[0], engine.detokenizer())
+    taken = [request.take(token, engine.info.stop_ids) for token in (*b"a##", engine.STOP)[: 4 if most is None else 3]]
+    assert "".join(text for text, _ in taken) == "a##"
+    assert [why for _, why in taken] == [None] * (len(taken) - 1) + [reason]

@@ -122,7 +122,7 @@ SERVING = (
     Fault(
         "what was held back for a stop string is lost", "serve/slots.py",
         'return text + self._stops.flush(), "stop"', 'return text, "stop"',
-        "test_rows test_slots test_worker", "held_back or stop",
+        "test_rows test_slots test_worker", "held_back",
     ),
     Fault(
         "the last words of a turn wait for the next one", "serve/worker.py",
@@ -141,8 +141,10 @@ SERVING = (
         "test_operations test_daemon", "come_and_go or bad_requests",
     ),
     Fault(
-        "a client that was killed keeps its slot", "serve/answers.py",
-        "if request.lost_at is not None and now - request.lost_at > SILENCE_SECONDS:", "if False:",
+        "a client that was killed keeps its slot",
+        "serve/answers.py",
+        '        self.end(request, Code.CANCELLED, "cancelled: the client went away", tokens=request.tokens)\n',
+        "",
         "test_daemon", "leaves_no_slot",
     ),
     Fault(
