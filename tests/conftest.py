@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("NO_PROXY", "no_proxy"):
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
 
+from tests.data_files import write_orders  # noqa: E402
 from tests.running import train  # noqa: E402
 
 WIDE = 0.2
@@ -112,6 +113,12 @@ def tiny(request, made) -> Path:
 def tiny_llama(made) -> Path:
     """The folder of the tiny Llama."""
     return made("tiny-llama", lambda folder: write_tiny("llama", folder))
+
+
+@pytest.fixture(scope="session")
+def orders(made) -> Path:
+    """A small data file of the tests' own."""
+    return made("orders", write_orders) / "orders.jsonl"
 
 
 # What models of two layers need to learn two examples by heart; the rates of configs/peft/ are for real ones.

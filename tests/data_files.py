@@ -58,6 +58,20 @@ def write(folder: Path, suffix: str, records: list[Any]) -> str:
     return str(file)
 
 
+def write_orders(folder: Path) -> Path:
+    """A file of 80 orders of one to four things, so of many lengths; 8 of them will be held out."""
+    things = ("cappuccino", "tea", "muffin with jam", "orange juice", "toast", "croissant", "hot chocolate with milk")
+    records = []
+    for i in range(80):
+        chosen = {things[(i * 5 + j * 3) % len(things)]: 1 + (i // 7 + j) % 9 for j in range(1 + i % 4)}
+        asked = " and ".join(f"{number} {thing}" for thing, number in chosen.items())
+        told = json.dumps({thing.split()[0]: number for thing, number in chosen.items()})
+        records.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]})
+    file = folder / "orders.jsonl"
+    file.write_bytes(jsonl(records))
+    return file
+
+
 def faults_of(source, **options):
     """The lines of the error that reading `source` ends with."""
     with pytest.raises(UserError) as error:

@@ -113,11 +113,11 @@ def test_no_training_begins_on_a_base_with_gaps(tmp_path, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_the_trained_base_is_gone_before_the_fresh_one_is_read(tiny_llama, tmp_path, strategy):
+def test_the_trained_base_is_gone_before_the_fresh_one_is_read(tiny_llama, orders, tmp_path, strategy):
     (tmp_path / "sitecustomize.py").write_text(COUNT.format(file=str(tmp_path / "counts")))
     done = run_python(
         "-m", "launcher", "train", f"MODEL={tiny_llama}", f"RUN={tmp_path}/run", f"STRATEGY={strategy}", "NGPU=2",
-        "data.limit=64", "batch.size=8", "optim.max_steps=1", "eval.examples=1", "eval.answers=0",
+        f"DATA={orders}", "batch.size=8", "optim.max_steps=1", "eval.examples=1", "eval.answers=0",
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
